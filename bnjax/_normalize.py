@@ -1,0 +1,160 @@
+"""The normalization and its derivative rule.
+
+    a = scale / sqrt(var + epsilon)
+    y = (x - mean - offset) * a + bias
+
+with the batch's moments or the running ones, chosen between [C] vectors before
+the one pass that writes y. The rule below is the textbook derivative; JAX's
+transpose of it is the backward pass of Ioffe & Szegedy (2015), section 3. Reverse
+mode keeps x in its own dtype and a few vectors.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax import _moments
+from bnjax._checks import compute_dtype
+from bnjax._moments import BatchMoments, Reduction
+
+
+class Plan(NamedTuple):
+    """What is known while tracing. Hashable."""
+
+    reduction: Reduction
+    dtype: Any  # of y
+    train: bool | None  # None: a traced choice
+
+
+class Inputs(NamedTuple):
+    """The arrays of the layer; `mask`, `train` and `None` have no tangent."""
+
+    x: jax.Array
+    mask: jax.Array | None
+    train: jax.Array | None
+    scale: jax.Array | None
+    bias: jax.Array | None
+    mean: jax.Array
+    var: jax.Array
+    epsilon: jax.Array
+
+
+class Coefficients(NamedTuple):
+    """Statistics that normalize, one per channel, and where they came from."""
+
+    mean: jax.Array
+    offset: jax.Array
+    inverse: jax.Array  # 1 / sqrt(var + epsilon)
+    from_batch: bool | jax.Array
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def normalize(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None]:
+    """y and the batch's moments; None for moments that no mode needs."""
+    y, moments, _ = _forward(plan, inputs)
+    return y, moments
+
+
+@normalize.defjvp
+def _normalize_jvp(plan: Plan, primals: tuple[Inputs], tangents: tuple[Inputs]) -> Any:
+    (inputs,), (dinputs,) = primals, tangents
+    y, moments, coefficients = _forward(plan, inputs)
+    # Without the checkpoint reverse mode would keep x - mean, in float32.
+    tangent = jax.checkpoint(functools.partial(_tangent, plan), prevent_cse=False)
+    dy, dmoments = tangent(
+        (inputs.x, inputs.mask, inputs.scale, moments, coefficients),
+        dinputs._replace(mask=None, train=None),
+    )
+    return (y, moments), (dy, dmoments)
+
+
+def _forward(
+    plan: Plan, inputs: Inputs
+) -> tuple[jax.Array, BatchMoments | None, Coefficients]:
+    moments = None
+    if plan.train is not False:
+        moments = _moments.batch_moments(plan.reduction, inputs.x, inputs.mask)
+    c = _coefficients(plan, inputs, moments)
+    a = c.inverse if inputs.scale is None else c.inverse * inputs.scale
+    shift = -c.offset * a if inputs.bias is None else inputs.bias - c.offset * a
+    mean, a, shift = _spread(plan, inputs.x, c.mean, a, shift)
+    y = (_finite(inputs.x, inputs.x, inputs.mask) - mean) * a + shift
+    return y.astype(plan.dtype), moments, c
+
+
+def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> Coefficients:
+    if moments is None:
+        inverse = lax.rsqrt(inputs.var + inputs.epsilon)
+        return Coefficients(inputs.mean, jnp.zeros_like(inputs.mean), inverse, False)
+    from_batch: bool | jax.Array = True
+    if inputs.mask is not None or inputs.x.size == 0:
+        from_batch = jnp.broadcast_to(moments.count > 0, moments.mean.shape)
+    if plan.train is None:
+        from_batch = jnp.broadcast_to(from_batch & inputs.train, moments.mean.shape)
+    mean = _choose(from_batch, moments.mean, inputs.mean)
+    offset = _choose(from_batch, moments.offset, jnp.zeros_like(inputs.mean))
+    var = _choose(from_batch, moments.var, inputs.var)
+    return Coefficients(mean, offset, lax.rsqrt(var + inputs.epsilon), from_batch)
+
+
+def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, Any]:
+    """dy = dx * a + (x - mean - offset) * da + dbias - dmean * a, and dmoments.
+
+    a = scale * inverse, da = dscale * inverse - a * inverse**2 * dvar / 2.
+    """
+    x, mask, scale, moments, c = residuals
+    dmean, dvar, dmoments = d.mean, d.var, None
+    if moments is not None:
+        batch_dmean, batch_dvar = _moments.moments_tangent(
+            plan.reduction, x, mask, moments, _finite(d.x, x, mask)
+        )
+        zero = jnp.zeros_like(batch_dmean)
+        dmoments = BatchMoments(batch_dmean, zero, batch_dvar, jnp.zeros_like(moments.count))
+        dmean = _choose(c.from_batch, batch_dmean, dmean)
+        dvar = _choose(c.from_batch, batch_dvar, dvar)
+    a = c.inverse if scale is None else c.inverse * scale
+    da = -0.5 * a * jnp.square(c.inverse) * (dvar + d.epsilon)
+    if d.scale is not None:
+        da = da + d.scale * c.inverse
+    dshift = -dmean * a - c.offset * da
+    if d.bias is not None:
+        dshift = dshift + d.bias
+    # A barrier of its own: otherwise XLA shares x - mean between the passes and
+    # writes it out in float32.
+    mean, a, da, dshift = _spread(
+        plan, x, lax.optimization_barrier(c.mean), a, da, dshift
+    )
+    dy = _finite(d.x, x, mask) * a + (_finite(x, x, mask) - mean) * da + dshift
+    return dy.astype(plan.dtype), dmoments
+
+
+def _finite(value: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`value`, promoted, with 0 where a masked entry of `x` is not finite."""
+    value = value.astype(compute_dtype(x.dtype))
+    return value if mask is None else jnp.where(mask | jnp.isfinite(x), value, 0)
+
+
+def _choose(condition: bool | jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    if isinstance(condition, bool):
+        return new if condition else old
+    return jnp.where(condition, new, old)
+
+
+def _spread(plan: Plan, x: jax.Array, *vectors: jax.Array) -> list[jax.Array]:
+    """Vectors in the rank of `x`, in one piece across devices.
+
+    Under shard_map's check_vma the transpose of making a value varying is an
+    all-reduce; stacked, the vectors of one expression share it.
+    """
+    missing = _varying(x) - frozenset().union(*(_varying(v) for v in vectors))
+    if missing:
+        stacked = lax.pcast(jnp.stack(vectors), tuple(sorted(missing)), to="varying")
+        vectors = tuple(stacked[i] for i in range(len(vectors)))
+    return [_moments.spread(v, plan.reduction.axes) for v in vectors]
+
+
+def _varying(x: jax.Array) -> frozenset[Any]:
+    return getattr(jax.typeof(x), "vma", frozenset())
