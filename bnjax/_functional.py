@@ -287,7 +287,7 @@ def _update(
     weight: Any,
     unbiased: bool,
 ) -> BNState:
-    mean, var = batch.mean + batch.offset, batch.var
+    mean, var = batch.shift + batch.offset, batch.var
     learns = (batch.count >= 2) & jnp.isfinite(mean) & jnp.isfinite(var) & train
     if unbiased:
         var = var * (batch.count / jnp.maximum(batch.count - 1, 1))

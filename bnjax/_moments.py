@@ -2,14 +2,14 @@
 
 One pass over the data takes the sums of x and x*x. Where a channel's mean is
 large beside its deviation their difference cancels; then, and only then, a
-second pass takes the sums of x - mean and (x - mean)**2. What is left of the
-first sum after subtraction, the offset, is what the rounding of the mean lost:
-mean + offset is the mean to twice the precision.
+second pass takes the sums of x - shift and (x - shift)**2, where the shift is the
+mean as one pass gives it. The mean of x - shift, the offset, is what that lost:
+shift + offset is the mean to about twice the precision.
 """
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,9 +45,9 @@ class Reduction(NamedTuple):
 
 
 class BatchMoments(NamedTuple):
-    """Moments with the mean in two parts, mean + offset."""
+    """Moments with the mean in two parts, shift + offset."""
 
-    mean: jax.Array
+    shift: jax.Array
     offset: jax.Array
     var: jax.Array
     count: jax.Array
@@ -106,8 +106,8 @@ def moments(
     mask = _checks.mask(mask, x.shape)
     axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
     result = batch_moments(reduction(axes, axis_name, axis_index_groups), x, mask)
-    count = jnp.broadcast_to(result.count, result.mean.shape)
-    return Moments(result.mean + result.offset, result.var, count)
+    count = jnp.broadcast_to(result.count, result.var.shape)
+    return Moments(result.shift + result.offset, result.var, count)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -168,16 +168,17 @@ def batch_moments(r: Reduction, x: jax.Array, mask: jax.Array | None) -> BatchMo
     count, (total, square) = _synchronise(r, x.shape, mask, sums)
     n = at_least_one(count, dtype)
     mean = total / n
+    shift = _rounded(mean)
     var = jnp.maximum(square / n - mean * mean, 0)
     # Written so that NaN and overflow count as ill-conditioned.
     ill = jnp.any(~(mean * mean <= _WELL_CONDITIONED * var))
     offset, var = lax.cond(
         ill,
-        lambda x, mask, mean, var: _second_pass(r, x, mask, mean, n),
-        lambda x, mask, mean, var: (jnp.zeros_like(mean), var),
-        *(x, mask, mean, var),
+        lambda x, mask, shift, one_pass: _second_pass(r, x, mask, shift, n),
+        lambda x, mask, shift, one_pass: one_pass,
+        *(x, mask, shift, (mean - shift, var)),
     )
-    return BatchMoments(mean, offset, var, jnp.asarray(count, dtype))
+    return BatchMoments(shift, offset, var, jnp.asarray(count, dtype))
 
 
 @batch_moments.defjvp
@@ -186,57 +187,74 @@ def _batch_moments_jvp(
 ) -> tuple[BatchMoments, BatchMoments]:
     x, mask = primals
     out = batch_moments(r, x, mask)
-    tangent = jax.checkpoint(functools.partial(moments_tangent, r), prevent_cse=False)
-    dmean, dvar = tangent(x, mask, out, tangents[0])
-    zero = jnp.zeros_like(dmean)
-    return out, BatchMoments(dmean, zero, dvar, jnp.zeros_like(out.count))
+    tangent = jax.checkpoint(functools.partial(_moments_tangent, r), prevent_cse=False)
+    return out, tangent(x, mask, out, tangents[0])
 
 
-def moments_tangent(
+def _moments_tangent(
     r: Reduction, x: jax.Array, mask: jax.Array | None, m: BatchMoments, dx: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """dmean = mean(dx), dvar = 2 * mean((x - mean) * (dx - dmean)).
+) -> BatchMoments:
+    dx = _up(dx)
+    return centred_tangent(r, x, mask, m, dx, recentre(r, dx, mask, m))[0]
 
-    Accurate at any mean of `x` and of `dx`, forward and backward, at the price
-    of two sums backward.
-    """
-    dx = _kept(_up(dx), mask)
+
+def centred_tangent(
+    r: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    m: BatchMoments,
+    dx: jax.Array,
+    centred: jax.Array,
+) -> tuple[BatchMoments, jax.Array]:
+    """dmean = mean(dx), dvar = 2 * mean((x - mean) * centred), and mean(centred)."""
+    dx, centred = _kept(dx, mask), _kept(centred, mask)
     n = at_least_one(m.count, dx.dtype)
-    mean, offset = (spread(lax.optimization_barrier(v), r.axes) for v in (m.mean, m.offset))
-    deviation = _kept((_up(x) - mean) - offset, mask)
-    sums = [_sum(dx, r), _sum(deviation * _centred(r, dx, mask, n), r)]
-    dmean, half_dvar = _psum(r, sums)
-    return dmean / n, 2 * half_dvar / n
+    # A barrier of its own: otherwise XLA shares x - shift with the forward pass
+    # and writes it out in float32.
+    shift = spread(lax.optimization_barrier(m.shift), r.axes)
+    deviation = _kept(_up(x) - shift, mask)
+    sums = [_sum(dx, r), _sum(centred, r), _sum(deviation * centred, r)]
+    dmean, residue, product = (total / n for total in _psum(r, sums))
+    dvar = 2 * (product - m.offset * residue)
+    # The mean's two parts have one tangent; the count has none.
+    tangent = BatchMoments(dmean, jnp.zeros_like(dmean), dvar, jnp.zeros_like(m.count))
+    return tangent, residue
 
 
-def _centred(r: Reduction, dx: jax.Array, mask: jax.Array | None, n: jax.Array) -> jax.Array:
-    """dx - mean(dx), whose transpose is taken to be the identity.
+def recentre(
+    r: Reduction,
+    dx: jax.Array,
+    mask: jax.Array | None,
+    m: BatchMoments,
+    where: bool | jax.Array = True,
+) -> jax.Array:
+    """dx - mean(dx), nearly, in the channels `where`; its transpose is the identity.
 
-    Forward mode needs the centred form: sum(deviation * dx) cancels when `dx`
-    has a large mean, as along dx = x. Its true transpose subtracts the mean of
-    the cotangent, a sum over the whole array. That mean is zero here, since the
-    cotangent is a multiple of the deviation from the mean; so it is left out,
-    and the backward pass is that of the uncentred form. `custom_linear_solve`
-    is the one public way to give a linear map a transpose of its own that also
-    works under vmap and to second order.
+    Forward mode needs centred tangents: where `dx` has a large mean, as along
+    dx = x, sums and differences of it cancel. But subtracting any c per channel
+    changes nothing in the layer's tangent, as only dx - dmean enters, and as
+    deviations from the mean sum to zero. So what flows back into c is zero in
+    exact arithmetic: left out, it saves the backward pass a sum over the array.
+
+    `custom_linear_solve`, here of the identity, is the one public way to give a
+    linear map a transpose of its own that works under vmap and to second order.
     """
+    n = at_least_one(m.count, dx.dtype)
 
-    def centre(_: Callable[..., Any], dx: jax.Array) -> jax.Array:
+    def solve(_: Any, dx: jax.Array) -> jax.Array:
         (total,) = _psum(r, [_sum(_kept(dx, mask), r)])
-        return _kept(dx - spread(total / n, r.axes), mask)
-
-    def identity(v: jax.Array) -> jax.Array:
-        return v
+        return dx - spread(jnp.where(where, _rounded(total / n), 0), r.axes)
 
     return lax.custom_linear_solve(
-        identity, dx, solve=centre, transpose_solve=lambda _, ct: ct
+        lambda v: v, dx, solve=solve, transpose_solve=lambda _, ct: ct
     )
 
 
 def _second_pass(
-    r: Reduction, x: jax.Array, mask: jax.Array | None, mean: jax.Array, n: jax.Array
+    r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    deviation = _kept(_up(x) - spread(mean, r.axes), mask)
+    """The mean of x - shift, and the variance about the mean."""
+    deviation = _kept(_up(x) - spread(shift, r.axes), mask)
     sums = [_sum(deviation, r), _sum(deviation * deviation, r)]
     total, square = _psum(r, sums)
     offset = total / n
@@ -300,6 +318,16 @@ def _collective(r: Reduction, value: Any) -> Any:
 def at_least_one(count: Any, dtype: Any) -> jax.Array:
     """The divisor of a mean, safe for channels without entries."""
     return jnp.maximum(jnp.asarray(count, dtype), 1)
+
+
+def _rounded(mean: jax.Array) -> jax.Array:
+    """The mean less one bit, so that every use of it sees the same number.
+
+    A compiler may evaluate x - total / n with one rounding, in some uses and not
+    in others: at a mean of 1e4 deviations they then differ by 5e-4 deviations.
+    """
+    info = jnp.finfo(mean.dtype)
+    return lax.reduce_precision(mean, info.nexp, info.nmant - 1)
 
 
 def spread(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -1,7 +1,7 @@
 """The normalization and its derivative rule.
 
     a = scale / sqrt(var + epsilon)
-    y = (x - mean - offset) * a + bias
+    y = (x - shift - offset) * a + bias, mean = shift + offset
 
 with the batch's moments or the running ones, chosen between [C] vectors before
 the one pass that writes y. The rule below is the textbook derivative; JAX's
@@ -43,9 +43,9 @@ class Inputs(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Statistics that normalize, one per channel, and where they came from."""
+    """What normalizes a channel, by mean = shift + offset, and where it came from."""
 
-    mean: jax.Array
+    shift: jax.Array
     offset: jax.Array
     inverse: jax.Array  # 1 / sqrt(var + epsilon)
     from_batch: bool | jax.Array
@@ -79,9 +79,9 @@ def _forward(
         moments = _moments.batch_moments(plan.reduction, inputs.x, inputs.mask)
     c = _coefficients(plan, inputs, moments)
     a = c.inverse if inputs.scale is None else c.inverse * inputs.scale
-    shift = -c.offset * a if inputs.bias is None else inputs.bias - c.offset * a
-    mean, a, shift = _spread(plan, inputs.x, c.mean, a, shift)
-    y = (_finite(inputs.x, inputs.x, inputs.mask) - mean) * a + shift
+    b = -c.offset * a if inputs.bias is None else inputs.bias - c.offset * a
+    shift, a, b = _spread(plan, inputs.x, c.shift, a, b)
+    y = (_finite(inputs.x, inputs.x, inputs.mask) - shift) * a + b
     return y.astype(plan.dtype), moments, c
 
 
@@ -91,43 +91,39 @@ def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> C
         return Coefficients(inputs.mean, jnp.zeros_like(inputs.mean), inverse, False)
     from_batch: bool | jax.Array = True
     if inputs.mask is not None or inputs.x.size == 0:
-        from_batch = jnp.broadcast_to(moments.count > 0, moments.mean.shape)
+        from_batch = jnp.broadcast_to(moments.count > 0, moments.var.shape)
     if plan.train is None:
-        from_batch = jnp.broadcast_to(from_batch & inputs.train, moments.mean.shape)
-    mean = _choose(from_batch, moments.mean, inputs.mean)
+        from_batch = jnp.broadcast_to(from_batch & inputs.train, moments.var.shape)
+    shift = _choose(from_batch, moments.shift, inputs.mean)
     offset = _choose(from_batch, moments.offset, jnp.zeros_like(inputs.mean))
     var = _choose(from_batch, moments.var, inputs.var)
-    return Coefficients(mean, offset, lax.rsqrt(var + inputs.epsilon), from_batch)
+    return Coefficients(shift, offset, lax.rsqrt(var + inputs.epsilon), from_batch)
 
 
 def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, Any]:
-    """dy = dx * a + (x - mean - offset) * da + dbias - dmean * a, and dmoments.
+    """dy = (dx - dmean) * a + (x - mean) * da + dbias, and dmoments.
 
     a = scale * inverse, da = dscale * inverse - a * inverse**2 * dvar / 2.
     """
     x, mask, scale, moments, c = residuals
-    dmean, dvar, dmoments = d.mean, d.var, None
+    dx, dmean, dvar, dmoments = _finite(d.x, x, mask), d.mean, d.var, None
     if moments is not None:
-        batch_dmean, batch_dvar = _moments.moments_tangent(
-            plan.reduction, x, mask, moments, _finite(d.x, x, mask)
-        )
-        zero = jnp.zeros_like(batch_dmean)
-        dmoments = BatchMoments(batch_dmean, zero, batch_dvar, jnp.zeros_like(moments.count))
-        dmean = _choose(c.from_batch, batch_dmean, dmean)
-        dvar = _choose(c.from_batch, batch_dvar, dvar)
+        r, plain = plan.reduction, dx
+        dx = _moments.recentre(r, plain, mask, moments, c.from_batch)
+        dmoments, residue = _moments.centred_tangent(r, x, mask, moments, plain, dx)
+        dmean = _choose(c.from_batch, residue, dmean)
+        dvar = _choose(c.from_batch, dmoments.var, dvar)
     a = c.inverse if scale is None else c.inverse * scale
     da = -0.5 * a * jnp.square(c.inverse) * (dvar + d.epsilon)
     if d.scale is not None:
         da = da + d.scale * c.inverse
-    dshift = -dmean * a - c.offset * da
+    db = -dmean * a - c.offset * da
     if d.bias is not None:
-        dshift = dshift + d.bias
-    # A barrier of its own: otherwise XLA shares x - mean between the passes and
-    # writes it out in float32.
-    mean, a, da, dshift = _spread(
-        plan, x, lax.optimization_barrier(c.mean), a, da, dshift
-    )
-    dy = _finite(d.x, x, mask) * a + (_finite(x, x, mask) - mean) * da + dshift
+        db = db + d.bias
+    # A barrier of its own: otherwise XLA shares x - shift with the forward pass
+    # and writes it out in float32.
+    shift, a, da, db = _spread(plan, x, lax.optimization_barrier(c.shift), a, da, db)
+    dy = dx * a + (_finite(x, x, mask) - shift) * da + db
     return dy.astype(plan.dtype), dmoments
 
 
