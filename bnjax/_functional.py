@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bnjax import _checks, _moments, _normalize
+from bnjax import _checks, _moments, _normalize, _reduce
 
 
 class BNParams(NamedTuple):
@@ -25,7 +25,7 @@ class BNState(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
 
 
 class Norm(NamedTuple):
@@ -166,7 +166,7 @@ def bn_apply(
     unbiased = _checks.static_flag("unbiased", unbiased)
     weight = _weight(momentum, state.count)
     plan = _normalize.Plan(
-        _moments.reduction(axes, axis_name, axis_index_groups),
+        _reduce.reduction(axes, axis_name, axis_index_groups),
         x.dtype if dtype is None else _checks.float_dtype("dtype", dtype),
         train if isinstance(train, bool) else None,
     )
@@ -267,9 +267,7 @@ def _inputs(
         bias=bias,
         mean=state.mean.astype(dtype),
         var=state.var.astype(dtype),
-        epsilon=jnp.asarray(
-            _checks.number("epsilon", epsilon, 0.0, float("inf"), shape), dtype
-        ),
+        epsilon=jnp.asarray(_checks.number("epsilon", epsilon, 0.0, float("inf"), shape), dtype),
     )
 
 

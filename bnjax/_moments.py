@@ -1,4 +1,4 @@
-"""Moments of a batch, of a mask, across devices; merging; the only collectives.
+"""Moments of a batch, of a mask, across devices; merging.
 
 One pass over the data takes the sums of x and x*x. Where a channel's mean is
 large beside its deviation their difference cancels; then, and only then, a
@@ -8,7 +8,6 @@ shift + offset is the mean to about twice the precision.
 """
 
 import functools
-import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _checks
+from bnjax import _checks, _reduce
+from bnjax._reduce import Reduction
 
 # One-pass variances err by about (1 + mean**2/var) roundings. At a mean of three
 # deviations that measured at most a quarter of the bound in tests/tolerances.py.
@@ -33,15 +33,7 @@ class Moments(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
-
-
-class Reduction(NamedTuple):
-    """What is reduced: axes of the array, then mapped axes. Static, hashable."""
-
-    axes: tuple[int, ...]
-    axis_name: Any = None
-    axis_index_groups: Any = None
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
 
 
 class BatchMoments(NamedTuple):
@@ -50,16 +42,7 @@ class BatchMoments(NamedTuple):
     shift: jax.Array
     offset: jax.Array
     var: jax.Array
-    count: jax.Array
-
-
-def reduction(axes: tuple[int, ...], axis_name: Any, axis_index_groups: Any) -> Reduction:
-    """A `Reduction` from what a caller gave: lists become tuples."""
-    _checks.names(axis_name, axis_index_groups)
-    groups = axis_index_groups
-    if groups is not None:
-        groups = tuple(tuple(group) for group in groups)
-    return Reduction(axes, axis_name, groups)
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
 
 
 def moments(
@@ -105,7 +88,7 @@ def moments(
     feature_axes = _checks.feature_axes(axis, x.shape)
     mask = _checks.mask(mask, x.shape)
     axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-    result = batch_moments(reduction(axes, axis_name, axis_index_groups), x, mask)
+    result = batch_moments(_reduce.reduction(axes, axis_name, axis_index_groups), x, mask)
     count = jnp.broadcast_to(result.count, result.var.shape)
     return Moments(result.shift + result.offset, result.var, count)
 
@@ -129,10 +112,10 @@ def merge(*parts: Moments) -> Moments:
 
     Example:
       >>> import jax.numpy as jnp, bnjax
-      >>> x = jnp.arange(6.0).reshape(6, 1)
-      >>> m = bnjax.merge(bnjax.moments(x[:1]), bnjax.moments(x[1:]))
+      >>> x = jnp.array([[1.0], [3.0], [5.0], [7.0]])
+      >>> m = bnjax.merge(bnjax.moments(x[:2]), bnjax.moments(x[2:]))
       >>> print(m.mean, m.var, m.count)
-      [2.5] [2.9166667] [6.]
+      [4.] [5.] [4.]
 
     Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample
     variance".
@@ -162,11 +145,11 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
 def batch_moments(r: Reduction, x: jax.Array, mask: jax.Array | None) -> BatchMoments:
     """The one implementation of moments; `moments` is its public face."""
     dtype = _checks.compute_dtype(x.dtype)
-    first, second = (_kept(_up(x), mask) for _ in range(2))
+    first, second = (_reduce.kept(_reduce.promoted(x), mask) for _ in range(2))
     # Two reductions of plain operands: each takes XLA's fast path on the CPU.
-    sums = [_sum(first, r), _sum(second * second, r)]
-    count, (total, square) = _synchronise(r, x.shape, mask, sums)
-    n = at_least_one(count, dtype)
+    sums = [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+    count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums)
+    n = _reduce.at_least_one(count, dtype)
     mean = total / n
     shift = _rounded(mean)
     var = jnp.maximum(square / n - mean * mean, 0)
@@ -194,7 +177,7 @@ def _batch_moments_jvp(
 def _moments_tangent(
     r: Reduction, x: jax.Array, mask: jax.Array | None, m: BatchMoments, dx: jax.Array
 ) -> BatchMoments:
-    dx = _up(dx)
+    dx = _reduce.promoted(dx)
     return centred_tangent(r, x, mask, m, dx, recentre(r, dx, mask, m))[0]
 
 
@@ -207,28 +190,26 @@ def centred_tangent(
     centred: jax.Array,
 ) -> tuple[BatchMoments, jax.Array]:
     """dmean = mean(dx), dvar = 2 * mean((x - mean) * centred), and mean(centred)."""
-    dx, centred = _kept(dx, mask), _kept(centred, mask)
-    n = at_least_one(m.count, dx.dtype)
+    dx, centred = _reduce.kept(dx, mask), _reduce.kept(centred, mask)
+    n = _reduce.at_least_one(m.count, dx.dtype)
     # A barrier of its own: otherwise XLA shares x - shift with the forward pass
     # and writes it out in float32.
-    shift = spread(lax.optimization_barrier(m.shift), r.axes)
-    deviation = _kept(_up(x) - shift, mask)
-    sums = [_sum(dx, r), _sum(centred, r), _sum(deviation * centred, r)]
-    dmean, residue, product = (total / n for total in _psum(r, sums))
+    shift = _reduce.spread(lax.optimization_barrier(m.shift), r.axes)
+    deviation = _reduce.kept(_reduce.promoted(x) - shift, mask)
+    sums = [
+        _reduce.sum_over(dx, r),
+        _reduce.sum_over(centred, r),
+        _reduce.sum_over(deviation * centred, r),
+    ]
+    dmean, residue, product = (total / n for total in _reduce.psum(r, sums))
     dvar = 2 * (product - m.offset * residue)
     # The mean's two parts have one tangent; the count has none.
     tangent = BatchMoments(dmean, jnp.zeros_like(dmean), dvar, jnp.zeros_like(m.count))
     return tangent, residue
 
 
-def recentre(
-    r: Reduction,
-    dx: jax.Array,
-    mask: jax.Array | None,
-    m: BatchMoments,
-    where: bool | jax.Array = True,
-) -> jax.Array:
-    """dx - mean(dx), nearly, in the channels `where`; its transpose is the identity.
+def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None, m: BatchMoments) -> jax.Array:
+    """dx - c per channel, nearly mean(dx), whose transpose is taken as the identity.
 
     Forward mode needs centred tangents: where `dx` has a large mean, as along
     dx = x, sums and differences of it cancel. But subtracting any c per channel
@@ -238,86 +219,31 @@ def recentre(
 
     `custom_linear_solve`, here of the identity, is the one public way to give a
     linear map a transpose of its own that works under vmap and to second order.
+    It forgets how arrays vary that it closes over, so with a mask under
+    shard_map's check_vma c is 0: the same tangent, less accurate forward.
     """
-    n = at_least_one(m.count, dx.dtype)
+    if mask is not None and _reduce.varying((dx, mask)):
+        return dx
+    n: Any = max(1, _reduce.static_count(r, dx.shape))
+    if mask is not None:
+        n = _reduce.at_least_one(m.count, dx.dtype)
 
     def solve(_: Any, dx: jax.Array) -> jax.Array:
-        (total,) = _psum(r, [_sum(_kept(dx, mask), r)])
-        return dx - spread(jnp.where(where, _rounded(total / n), 0), r.axes)
+        (total,) = _reduce.psum(r, [_reduce.sum_over(_reduce.kept(dx, mask), r)])
+        return dx - _reduce.spread(_rounded(total / n), r.axes)
 
-    return lax.custom_linear_solve(
-        lambda v: v, dx, solve=solve, transpose_solve=lambda _, ct: ct
-    )
+    return lax.custom_linear_solve(lambda v: v, dx, solve=solve, transpose_solve=lambda _, ct: ct)
 
 
 def _second_pass(
     r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The mean of x - shift, and the variance about the mean."""
-    deviation = _kept(_up(x) - spread(shift, r.axes), mask)
-    sums = [_sum(deviation, r), _sum(deviation * deviation, r)]
-    total, square = _psum(r, sums)
+    deviation = _reduce.kept(_reduce.promoted(x) - _reduce.spread(shift, r.axes), mask)
+    sums = [_reduce.sum_over(deviation, r), _reduce.sum_over(deviation * deviation, r)]
+    total, square = _reduce.psum(r, sums)
     offset = total / n
     return offset, jnp.maximum(square / n - offset * offset, 0)
-
-
-def _synchronise(
-    r: Reduction, shape: tuple[int, ...], mask: jax.Array | None, sums: list[jax.Array]
-) -> tuple[Any, list[jax.Array]]:
-    """Count and sums over all devices, in one all-reduce. A static count is an int."""
-    if mask is None:
-        local = math.prod(shape[a] for a in r.axes)
-        return local * group_size(r), _psum(r, sums)
-    kept = _mask_count(r, shape, mask, sums[0].dtype)
-    *sums, count = _psum(r, [*sums, jnp.broadcast_to(kept, sums[0].shape)])
-    return count, sums
-
-
-def _mask_count(r: Reduction, shape: tuple[int, ...], mask: jax.Array, dtype: Any) -> jax.Array:
-    features = [a for a in range(len(shape)) if a not in r.axes]
-    repeats = math.prod(shape[a] for a in r.axes if mask.shape[a] == 1)
-    kept = jnp.sum(mask, r.axes, dtype=dtype) * repeats
-    return jnp.broadcast_to(kept, tuple(shape[a] for a in features))
-
-
-def group_size(r: Reduction) -> int:
-    """Number of devices that are reduced together, static."""
-    if r.axis_name is None:
-        return 1
-    return _collective(r, 1)
-
-
-def _psum(r: Reduction, sums: list[jax.Array]) -> list[jax.Array]:
-    if r.axis_name is None:
-        return sums
-    stacked = _collective(r, jnp.stack(sums))
-    return [stacked[i] for i in range(len(sums))]
-
-
-def _collective(r: Reduction, value: Any) -> Any:
-    try:
-        return lax.psum(value, r.axis_name, axis_index_groups=r.axis_index_groups)
-    except NameError as error:
-        raise ValueError(
-            f"`axis_name` must name an axis mapped by pmap, vmap or shard_map around "
-            f"the call, got {r.axis_name!r}, which is not mapped here. Fix: "
-            f"jax.vmap(f, axis_name={r.axis_name!r}), or axis_name=None under jit, "
-            "where a sharded batch needs no name."
-        ) from error
-    except NotImplementedError as error:
-        if r.axis_index_groups is None:
-            raise
-        raise NotImplementedError(
-            "`axis_index_groups` must be None here: JAX has no groups under vmap and "
-            f"under shard_map with check_vma, got {r.axis_index_groups}. Fix: split "
-            f"the axis {r.axis_name!r} in two mapped axes (a mesh of two axes, or two "
-            "vmaps) and give `axis_name` the inner one."
-        ) from error
-
-
-def at_least_one(count: Any, dtype: Any) -> jax.Array:
-    """The divisor of a mean, safe for channels without entries."""
-    return jnp.maximum(jnp.asarray(count, dtype), 1)
 
 
 def _rounded(mean: jax.Array) -> jax.Array:
@@ -328,20 +254,3 @@ def _rounded(mean: jax.Array) -> jax.Array:
     """
     info = jnp.finfo(mean.dtype)
     return lax.reduce_precision(mean, info.nexp, info.nmant - 1)
-
-
-def spread(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """A vector per channel, with axes of size 1 where `x` is reduced."""
-    return lax.expand_dims(v, axes)
-
-
-def _up(x: jax.Array) -> jax.Array:
-    return x.astype(_checks.compute_dtype(x.dtype))
-
-
-def _kept(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return x if mask is None else jnp.where(mask, x, 0)
-
-
-def _sum(x: jax.Array, r: Reduction) -> jax.Array:
-    return jnp.sum(x, r.axes)

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _moments
+from bnjax import _moments, _reduce
 from bnjax._checks import compute_dtype
-from bnjax._moments import BatchMoments, Reduction
+from bnjax._moments import BatchMoments
+from bnjax._reduce import Reduction
 
 
 class Plan(NamedTuple):
@@ -71,9 +72,7 @@ def _normalize_jvp(plan: Plan, primals: tuple[Inputs], tangents: tuple[Inputs]) 
     return (y, moments), (dy, dmoments)
 
 
-def _forward(
-    plan: Plan, inputs: Inputs
-) -> tuple[jax.Array, BatchMoments | None, Coefficients]:
+def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None, Coefficients]:
     moments = None
     if plan.train is not False:
         moments = _moments.batch_moments(plan.reduction, inputs.x, inputs.mask)
@@ -92,7 +91,7 @@ def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> C
     from_batch: bool | jax.Array = True
     if inputs.mask is not None or inputs.x.size == 0:
         from_batch = jnp.broadcast_to(moments.count > 0, moments.var.shape)
-    if plan.train is None:
+    if inputs.train is not None:
         from_batch = jnp.broadcast_to(from_batch & inputs.train, moments.var.shape)
     shift = _choose(from_batch, moments.shift, inputs.mean)
     offset = _choose(from_batch, moments.offset, jnp.zeros_like(inputs.mean))
@@ -108,10 +107,12 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
     x, mask, scale, moments, c = residuals
     dx, dmean, dvar, dmoments = _finite(d.x, x, mask), d.mean, d.var, None
     if moments is not None:
+        # dx - dmean is all that enters, so both are taken less the same c, which
+        # for running statistics is dmean of the batch less that of dx - c.
         r, plain = plan.reduction, dx
-        dx = _moments.recentre(r, plain, mask, moments, c.from_batch)
+        dx = _moments.recentre(r, plain, mask, moments)
         dmoments, residue = _moments.centred_tangent(r, x, mask, moments, plain, dx)
-        dmean = _choose(c.from_batch, residue, dmean)
+        dmean = _choose(c.from_batch, residue, dmean - (dmoments.shift - residue))
         dvar = _choose(c.from_batch, dmoments.var, dvar)
     a = c.inverse if scale is None else c.inverse * scale
     da = -0.5 * a * jnp.square(c.inverse) * (dvar + d.epsilon)
@@ -145,12 +146,8 @@ def _spread(plan: Plan, x: jax.Array, *vectors: jax.Array) -> list[jax.Array]:
     Under shard_map's check_vma the transpose of making a value varying is an
     all-reduce; stacked, the vectors of one expression share it.
     """
-    missing = _varying(x) - frozenset().union(*(_varying(v) for v in vectors))
-    if missing:
-        stacked = lax.pcast(jnp.stack(vectors), tuple(sorted(missing)), to="varying")
+    axes = _reduce.varying(x)
+    if axes - _reduce.varying(vectors):
+        stacked = _reduce.vary(jnp.stack(vectors), axes)
         vectors = tuple(stacked[i] for i in range(len(vectors)))
-    return [_moments.spread(v, plan.reduction.axes) for v in vectors]
-
-
-def _varying(x: jax.Array) -> frozenset[Any]:
-    return getattr(jax.typeof(x), "vma", frozenset())
+    return [_reduce.spread(v, plan.reduction.axes) for v in vectors]

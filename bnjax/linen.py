@@ -113,9 +113,7 @@ class BatchNorm(nn.Module):
             self.param("scale", self.scale_init, shape, self.param_dtype)
             if self.use_scale
             else None,
-            self.param("bias", self.bias_init, shape, self.param_dtype)
-            if self.use_bias
-            else None,
+            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
         )
         dtype = dtypes.canonicalize_dtype(x, params.scale, params.bias, dtype=self.dtype)
         mapped = {} if self.is_initializing() else self._mapped_axes()

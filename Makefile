@@ -1,0 +1,98 @@
+# `make help` lists the targets. Variables:
+#   PYTHON=python3.13   the Python to set up with, where it matters which
+#   VENV=DIR            another folder for the environment
+#   ARGS="..."          more arguments, for the example or for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+EXTRAS := examples,lint,tests
+RUN := $(VENV)/bin/python
+OURS := $(VENV)/.made-by-make
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test test-all lint format bench clean FORCE
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo 'Variables: PYTHON=python3.13, VENV=DIR, ARGS="..." for the example or for pytest'
+
+train: $(READY) ## Train the example network, with ARGS="--steps 300 --help ..."
+	$(RUN) examples/train_mlp.py $(ARGS)
+
+test: $(READY) ## Run the tests
+	$(RUN) -m pytest -n auto -m "not slow" $(ARGS)
+
+test-all: $(READY) ## Run the tests, those included that are too long for every run
+	$(RUN) -m pytest -n auto $(ARGS)
+
+lint: $(READY) ## Check format, style and types
+	$(RUN) -m ruff format --check --diff
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+
+format: $(READY) ## Rewrite the files in the checked format
+	$(RUN) -m ruff format
+	$(RUN) -m ruff check --fix
+
+bench: ## Compare with other implementations
+	@echo "There are no benchmarks yet: nothing was measured."
+
+clean: ## Delete the environment, caches and builds; runs/ stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find bnjax examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@if [ -e "$(OURS)" ]; then echo "rm -rf $(VENV)"; rm -rf "$(VENV)"; fi
+
+# --- the environment -------------------------------------------------------
+#
+# $(READY) is written last and holds the checkout's path, so it is missing after an interrupted
+# set-up and wrong in a copied checkout. Only a folder marked with $(OURS) is ever deleted.
+
+SHOW_VERSION := -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])'
+ifneq ($(wildcard $(VENV)),)
+  READY_VERSION := $(shell { $(RUN) $(SHOW_VERSION); } 2>/dev/null)
+  ASKED_VERSION := $(READY_VERSION)
+  ifneq ($(origin PYTHON),file)
+    ASKED_VERSION := $(shell { $(PYTHON) $(SHOW_VERSION); } 2>/dev/null)
+  endif
+  ifneq ($(shell cat $(READY) 2>/dev/null) $(or $(READY_VERSION),none),$(CURDIR) $(ASKED_VERSION))
+    $(READY): FORCE
+  endif
+endif
+
+$(READY): pyproject.toml
+	@if [ -e "$(OURS)" ] && { [ ! -e "$@" ] || [ -n "$(filter FORCE,$^)" ]; }; then \
+	  $(CHECK_PYTHON) && echo "Setting up $(VENV) anew." && rm -rf "$(VENV)"; \
+	fi
+	@rm -f "$@"
+	@if [ ! -e "$(VENV)" ]; then \
+	  $(CHECK_PYTHON) && mkdir -p "$(VENV)" && touch "$(OURS)" && $(CREATE); \
+	elif [ "$(READY_VERSION)" != "$(ASKED_VERSION)" ] || [ ! -x $(RUN) ]; then \
+	  echo "Error: $(VENV) was not made by this Makefile, and its Python is not" \
+	    "the one asked for. Delete it, or choose another folder: make VENV=DIR" >&2; \
+	  exit 1; \
+	fi
+	@echo "Installing bnjax and what its tests and examples need into $(VENV); the first time" \
+	  "takes minutes."
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@echo "$(CURDIR)" >"$@"
+
+FORCE:
+
+ifneq ($(shell command -v uv 2>/dev/null),)
+  # Without PYTHON, uv looks for a Python that pyproject.toml allows.
+  CHECK_PYTHON := true
+  CREATE := uv venv --quiet --allow-existing \
+    $(if $(filter file,$(origin PYTHON)),,--python "$(PYTHON)") "$(VENV)"
+  INSTALL := uv pip install --quiet --python "$(RUN)"
+else
+  CHECK_PYTHON := { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+    echo "Error: bnjax needs Python 3.11 or newer; \`$(PYTHON) --version\` says:" \
+      "$$($(PYTHON) --version 2>&1 | head -n 1). Name a newer one: make PYTHON=python3.13" >&2; \
+    exit 1; }; }
+  CREATE := $(PYTHON) -m venv "$(VENV)"
+  INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
+endif

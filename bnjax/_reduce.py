@@ -1,0 +1,117 @@
+"""Sums over array axes and over devices: the only collectives."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax import _checks
+
+
+class Reduction(NamedTuple):
+    """What is reduced: axes of the array, then mapped axes. Static, hashable."""
+
+    axes: tuple[int, ...]
+    axis_name: Any = None
+    axis_index_groups: Any = None
+
+
+def reduction(axes: tuple[int, ...], axis_name: Any, axis_index_groups: Any) -> Reduction:
+    """A `Reduction` from what a caller gave: lists become tuples."""
+    _checks.names(axis_name, axis_index_groups)
+    groups = axis_index_groups
+    if groups is not None:
+        groups = tuple(tuple(group) for group in groups)
+    return Reduction(axes, axis_name, groups)
+
+
+def synchronise(
+    r: Reduction, shape: tuple[int, ...], mask: jax.Array | None, sums: list[jax.Array]
+) -> tuple[Any, list[jax.Array]]:
+    """Count and sums over all devices, in one all-reduce. A static count is an int."""
+    if mask is None:
+        return static_count(r, shape), psum(r, sums)
+    kept = _mask_count(r, shape, mask, sums[0].dtype)
+    *sums, count = psum(r, [*sums, jnp.broadcast_to(kept, sums[0].shape)])
+    return count, sums
+
+
+def static_count(r: Reduction, shape: tuple[int, ...]) -> int:
+    """Entries per channel over all devices, without a mask."""
+    local = math.prod(shape[a] for a in r.axes)
+    return local if r.axis_name is None else local * _collective(r, 1)
+
+
+def _mask_count(r: Reduction, shape: tuple[int, ...], mask: jax.Array, dtype: Any) -> jax.Array:
+    features = [a for a in range(len(shape)) if a not in r.axes]
+    repeats = math.prod(shape[a] for a in r.axes if mask.shape[a] == 1)
+    kept = jnp.sum(mask, r.axes, dtype=dtype) * repeats
+    return jnp.broadcast_to(kept, tuple(shape[a] for a in features))
+
+
+def psum(r: Reduction, sums: list[jax.Array]) -> list[jax.Array]:
+    """The sums over all devices, in one all-reduce."""
+    if r.axis_name is None:
+        return sums
+    stacked = _collective(r, jnp.stack(sums))
+    return [stacked[i] for i in range(len(sums))]
+
+
+def _collective(r: Reduction, value: Any) -> Any:
+    try:
+        return lax.psum(value, r.axis_name, axis_index_groups=r.axis_index_groups)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` must name an axis mapped by pmap, vmap or shard_map around "
+            f"the call, got {r.axis_name!r}, which is not mapped here. Fix: "
+            f"jax.vmap(f, axis_name={r.axis_name!r}), or axis_name=None under jit, "
+            "where a sharded batch needs no name."
+        ) from error
+    except NotImplementedError as error:
+        if r.axis_index_groups is None:
+            raise
+        raise NotImplementedError(
+            "`axis_index_groups` must be None here: JAX has no groups under vmap and "
+            f"under shard_map with check_vma, got {r.axis_index_groups}. Fix: split "
+            f"the axis {r.axis_name!r} in two mapped axes (a mesh of two axes, or two "
+            "vmaps) and give `axis_name` the inner one."
+        ) from error
+
+
+def sum_over(x: jax.Array, r: Reduction) -> jax.Array:
+    """Over the axes of one device."""
+    return jnp.sum(x, r.axes)
+
+
+def kept(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """0 where masked, whatever was there."""
+    return x if mask is None else jnp.where(mask, x, 0)
+
+
+def promoted(x: jax.Array) -> jax.Array:
+    """In promote(x.dtype, float32)."""
+    return x.astype(_checks.compute_dtype(x.dtype))
+
+
+def at_least_one(count: Any, dtype: Any) -> jax.Array:
+    """The divisor of a mean, safe for channels without entries."""
+    return jnp.maximum(jnp.asarray(count, dtype), 1)
+
+
+def spread(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """A vector per channel, with axes of size 1 where `x` is reduced."""
+    return lax.expand_dims(v, axes)
+
+
+def varying(tree: Any) -> frozenset[Any]:
+    """Mesh axes over which arrays differ, as shard_map's check_vma tracks them."""
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    return frozenset[Any]().union(*(getattr(t, "vma", ()) for t in types))
+
+
+def vary(v: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    """The array as one that differs over these mesh axes too."""
+    missing = axes - varying(v)
+    return lax.pcast(v, tuple(sorted(missing)), to="varying") if missing else v

@@ -1,0 +1,239 @@
+"""A run folder: settings, metrics and checkpoints of one training run.
+
+    settings.json   what determines the results; written first
+    checkpoints/    orbax checkpoints: all training states and all metrics so far
+    metrics.csv     the metrics as a table, written anew after each checkpoint
+    curves.png      their plot
+
+Every file is replaced atomically, and the checkpoint is the only thing that a
+resumed run reads, so the process may be killed at any moment.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import serialization
+
+import bnjax
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one run folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+RUNS = Path("runs")
+LOCK, SETTINGS, CHECKPOINTS, METRICS = ".lock", "settings.json", "checkpoints", "metrics.csv"
+
+
+class RunFolderError(ValueError):
+    """The run folder cannot be used; the message says why and what to do."""
+
+
+def next_free() -> Path:
+    """runs/mlp-001, or the first number above those in use."""
+    return RUNS / f"mlp-{max(_numbered(), default=0) + 1:03d}"
+
+
+def newest() -> Path:
+    """The numbered run folder with the highest number."""
+    numbered = _numbered()
+    if not numbered:
+        raise RunFolderError(
+            f"--resume: there is no run in {RUNS}{os.sep} to continue. Leave --resume out to "
+            "start one, or name a run folder with --run-dir."
+        )
+    return numbered[max(numbered)]
+
+
+def _numbered() -> dict[int, Path]:
+    found = {path.name.removeprefix("mlp-"): path for path in RUNS.glob("mlp-*")}
+    return {int(number): path for number, path in found.items() if number.isdecimal()}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: readers see the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """Opens a run folder for one process; refuses it where that would lose or mix results.
+
+    Args:
+      path: the folder; created if missing.
+      settings: option name -> value, for all that determines the results.
+      made_with: versions and device, compared only to tell the user.
+      resume: continue the run in the folder; otherwise the folder must be empty.
+
+    Raises:
+      RunFolderError: with a message for the user.
+    """
+
+    def __init__(
+        self, path: Path, *, settings: dict[str, Any], made_with: dict[str, str], resume: bool
+    ) -> None:
+        self.path = path
+        self.note = ""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._check_contents(resume)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._take_lock())
+                self._compare_or_write(settings, made_with)
+                self._manager = ocp.CheckpointManager(
+                    (path / CHECKPOINTS).resolve(),
+                    options=ocp.CheckpointManagerOptions(
+                        max_to_keep=2, enable_async_checkpointing=False
+                    ),
+                )
+                stack.callback(self._manager.close)
+                self.close = stack.pop_all().close
+        except OSError as error:
+            raise RunFolderError(
+                f"--run-dir {path}: cannot be written ({error.strerror or error}). "
+                "Choose another folder with --run-dir."
+            ) from None
+
+    def restore(self, states: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The states and the log of the last checkpoint, or None before the first.
+
+        `states` is a tree of the same structure, which tells shapes and devices.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        template = serialization.to_state_dict(states)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    states=ocp.args.StandardRestore(template), log=ocp.args.JsonRestore()
+                ),
+            )
+            if restored["log"]["step"] != step:
+                raise ValueError(f"it is of step {restored['log']['step']}")
+            return serialization.from_state_dict(states, restored["states"]), restored["log"]
+        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            folder = self.path / CHECKPOINTS / str(step)
+            raise RunFolderError(
+                f"{folder}: the checkpoint is damaged ({reason[0][:200]}). Delete this folder to "
+                "continue from the checkpoint before it, or start anew with another --run-dir."
+            ) from None
+
+    def save(self, states: Any, log: dict[str, Any]) -> None:
+        """Write a checkpoint of step log["step"], then the metrics in log["metrics"]."""
+        try:
+            saved = self._manager.save(
+                log["step"],
+                args=ocp.args.Composite(
+                    states=ocp.args.StandardSave(serialization.to_state_dict(states)),
+                    log=ocp.args.JsonSave(log),
+                ),
+            )
+            if not saved:
+                raise ValueError("orbax declined the checkpoint")
+            self.write_metrics(log["metrics"])
+        except Exception as error:  # a full disk reaches us as one of many kinds
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise RunFolderError(
+                f"--run-dir {self.path}: step {log['step']} could not be saved "
+                f"({reason[0][:200]}). Make room or mend the folder, then repeat the command with "
+                "--resume."
+            ) from None
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path / METRICS, table.getvalue().encode())
+
+    def _check_contents(self, resume: bool) -> None:
+        """A run starts in an empty folder and resumes in a run's folder; nothing else goes."""
+        # A run killed before it wrote its settings leaves at most these.
+        names = {p.name for p in self.path.iterdir()} - {LOCK, f".{SETTINGS}.tmp"}
+        if names and not resume:
+            raise RunFolderError(
+                f"--run-dir {self.path}: is not empty. Add --resume to continue the run in it, "
+                "or choose another folder with --run-dir."
+            )
+        if names and SETTINGS not in names:
+            raise RunFolderError(
+                f"--run-dir {self.path}: is not a run folder: it has files, but no {SETTINGS}. "
+                "Choose another folder with --run-dir."
+            )
+
+    @contextlib.contextmanager
+    def _take_lock(self) -> Iterator[None]:
+        # The system gives the lock back when a process ends, however it ends.
+        with open(self.path / LOCK, "w") as lock:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"--run-dir {self.path}: another process is training in it. Wait for it to "
+                    "end, or choose another folder with --run-dir."
+                ) from None
+            except OSError:
+                pass  # some network file systems have no locks; a run needs none
+            yield
+
+    def _compare_or_write(self, settings: dict[str, Any], made_with: dict[str, str]) -> None:
+        path = self.path / SETTINGS
+        if not path.exists():
+            content = json.dumps({"settings": settings, "made_with": made_with}, indent=2)
+            write_atomically(path, f"{content}\n".encode())
+            return
+        try:
+            stored = json.loads(path.read_bytes())
+            old, old_made_with = dict(stored["settings"]), dict(stored["made_with"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{path}: is damaged ({type(error).__name__}: {error}). Start anew with another "
+                "--run-dir."
+            ) from None
+        new = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        differing = [
+            f"{name}: run folder has {_show(old, name)}, command line has {_show(new, name)}"
+            for name in {**new, **old}
+            if name not in old or name not in new or old[name] != new[name]
+        ]
+        if differing:
+            raise RunFolderError(
+                f"--run-dir {self.path}: belongs to a run with other settings: "
+                f"{'; '.join(differing)}. Repeat its settings, or choose another --run-dir."
+            )
+        if old_made_with != made_with:
+            self.note = (
+                f"The run was started with {_words(old_made_with)}, and continues with "
+                f"{_words(made_with)}: the results may differ in their last bits."
+            )
+
+
+def _show(settings: dict[str, Any], name: str) -> str:
+    value = settings.get(name, "no such setting")
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _words(made_with: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in made_with.items())
+
+
+def made_with() -> dict[str, str]:
+    """What, besides the settings, decides about the last bits."""
+    return {
+        "bnjax": bnjax.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
