@@ -151,7 +151,7 @@ def batch_moments(r: Reduction, x: jax.Array, mask: jax.Array | None) -> BatchMo
     count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums)
     n = _reduce.at_least_one(count, dtype)
     mean = total / n
-    shift = _rounded(mean)
+    shift, offset = split(mean, jnp.zeros_like(mean), bits_less=1)
     var = jnp.maximum(square / n - mean * mean, 0)
     # Written so that NaN and overflow count as ill-conditioned.
     ill = jnp.any(~(mean * mean <= _WELL_CONDITIONED * var))
@@ -159,7 +159,7 @@ def batch_moments(r: Reduction, x: jax.Array, mask: jax.Array | None) -> BatchMo
         ill,
         lambda x, mask, shift, one_pass: _second_pass(r, x, mask, shift, n),
         lambda x, mask, shift, one_pass: one_pass,
-        *(x, mask, shift, (mean - shift, var)),
+        *(x, mask, shift, (offset, var)),
     )
     return BatchMoments(shift, offset, var, jnp.asarray(count, dtype))
 
@@ -192,17 +192,15 @@ def centred_tangent(
     """dmean = mean(dx), dvar = 2 * mean((x - mean) * centred), and mean(centred)."""
     dx, centred = _reduce.kept(dx, mask), _reduce.kept(centred, mask)
     n = _reduce.at_least_one(m.count, dx.dtype)
-    # A barrier of its own: otherwise XLA shares x - shift with the forward pass
-    # and writes it out in float32.
-    shift = _reduce.spread(lax.optimization_barrier(m.shift), r.axes)
-    deviation = _reduce.kept(_reduce.promoted(x) - shift, mask)
+    shift, offset = split(m.shift, m.offset, bits_less=2)
+    deviation = _reduce.kept(_reduce.promoted(x) - _reduce.spread(shift, r.axes), mask)
     sums = [
         _reduce.sum_over(dx, r),
         _reduce.sum_over(centred, r),
         _reduce.sum_over(deviation * centred, r),
     ]
     dmean, residue, product = (total / n for total in _reduce.psum(r, sums))
-    dvar = 2 * (product - m.offset * residue)
+    dvar = 2 * (product - offset * residue)
     # The mean's two parts have one tangent; the count has none.
     tangent = BatchMoments(dmean, jnp.zeros_like(dmean), dvar, jnp.zeros_like(m.count))
     return tangent, residue
@@ -230,7 +228,8 @@ def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None, m: BatchMoment
 
     def solve(_: Any, dx: jax.Array) -> jax.Array:
         (total,) = _reduce.psum(r, [_reduce.sum_over(_reduce.kept(dx, mask), r)])
-        return dx - _reduce.spread(_rounded(total / n), r.axes)
+        c, _ = split(total / n, jnp.zeros_like(total), bits_less=1)
+        return dx - _reduce.spread(c, r.axes)
 
     return lax.custom_linear_solve(lambda v: v, dx, solve=solve, transpose_solve=lambda _, ct: ct)
 
@@ -246,11 +245,15 @@ def _second_pass(
     return offset, jnp.maximum(square / n - offset * offset, 0)
 
 
-def _rounded(mean: jax.Array) -> jax.Array:
-    """The mean less one bit, so that every use of it sees the same number.
+def split(mean: jax.Array, rest: jax.Array, bits_less: int) -> tuple[jax.Array, jax.Array]:
+    """(shift, offset) with shift + offset = mean + rest; the shift has a few bits less.
 
-    A compiler may evaluate x - total / n with one rounding, in some uses and not
-    in others: at a mean of 1e4 deviations they then differ by 5e-4 deviations.
+    Subtracting a shift from `x` needs the same number in every use. A compiler may
+    evaluate x - total / n with one rounding, in some uses and not in others: at a
+    mean of 1e4 deviations they then differ by 5e-4 deviations. A shift of explicit
+    precision is one number. And uses with shifts of their own share no x - shift,
+    which XLA would write out in float32, to be read in the backward pass.
     """
     info = jnp.finfo(mean.dtype)
-    return lax.reduce_precision(mean, info.nexp, info.nmant - 1)
+    shift = lax.reduce_precision(mean, info.nexp, info.nmant - bits_less)
+    return shift, rest + (mean - shift)

@@ -118,12 +118,11 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
     da = -0.5 * a * jnp.square(c.inverse) * (dvar + d.epsilon)
     if d.scale is not None:
         da = da + d.scale * c.inverse
-    db = -dmean * a - c.offset * da
+    shift, offset = _moments.split(c.shift, c.offset, bits_less=3)
+    db = -dmean * a - offset * da
     if d.bias is not None:
         db = db + d.bias
-    # A barrier of its own: otherwise XLA shares x - shift with the forward pass
-    # and writes it out in float32.
-    shift, a, da, db = _spread(plan, x, lax.optimization_barrier(c.shift), a, da, db)
+    shift, a, da, db = _spread(plan, x, shift, a, da, db)
     dy = dx * a + (_finite(x, x, mask) - shift) * da + db
     return dy.astype(plan.dtype), dmoments
 
