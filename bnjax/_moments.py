@@ -1,10 +1,10 @@
 """Moments of a batch, of a mask, across devices; merging.
 
-One pass over the data takes the sums of x and x*x. Where a channel's mean is
-large beside its deviation their difference cancels; then, and only then, a
-second pass takes the sums of x - shift and (x - shift)**2, where the shift is the
-mean as one pass gives it. The mean of x - shift, the offset, is what that lost:
-shift + offset is the mean to about twice the precision.
+One pass over the data takes the sums of x - shift and (x - shift)**2, with a shift
+per channel that is near the mean: the running mean in training, 0 for `moments`.
+The mean of x - shift is the offset, and mean = shift + offset is the mean to about
+twice the precision. Where the offset is large beside the deviation the variance
+cancels; then, and only then, another pass is made, with the mean just found.
 """
 
 import functools
@@ -18,9 +18,11 @@ from jax import lax
 from bnjax import _checks, _reduce
 from bnjax._reduce import Reduction
 
-# One-pass variances err by about (1 + mean**2/var) roundings. At a mean of three
+# A variance errs by about (1 + offset**2/var) roundings. At an offset of three
 # deviations that measured at most a quarter of the bound in tests/tolerances.py.
 _WELL_CONDITIONED = 9.0
+# From any shift that float32 can hold, two more passes lead to the mean.
+_MORE_PASSES = 2
 
 
 class Moments(NamedTuple):
@@ -88,7 +90,9 @@ def moments(
     feature_axes = _checks.feature_axes(axis, x.shape)
     mask = _checks.mask(mask, x.shape)
     axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-    result = batch_moments(_reduce.reduction(axes, axis_name, axis_index_groups), x, mask)
+    near = jnp.zeros([x.shape[a] for a in feature_axes], _checks.compute_dtype(x.dtype))
+    r = _reduce.reduction(axes, axis_name, axis_index_groups)
+    result = batch_moments(r, x, mask, near)
     count = jnp.broadcast_to(result.count, result.var.shape)
     return Moments(result.shift + result.offset, result.var, count)
 
@@ -142,36 +146,52 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def batch_moments(r: Reduction, x: jax.Array, mask: jax.Array | None) -> BatchMoments:
-    """The one implementation of moments; `moments` is its public face."""
-    dtype = _checks.compute_dtype(x.dtype)
-    first, second = (_reduce.kept(_reduce.promoted(x), mask) for _ in range(2))
-    # Two reductions of plain operands: each takes XLA's fast path on the CPU.
-    sums = [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
-    count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums)
-    n = _reduce.at_least_one(count, dtype)
-    mean = total / n
-    shift, offset = split(mean, jnp.zeros_like(mean), bits_less=1)
-    var = jnp.maximum(square / n - mean * mean, 0)
-    # Written so that NaN and overflow count as ill-conditioned.
-    ill = jnp.any(~(mean * mean <= _WELL_CONDITIONED * var))
-    offset, var = lax.cond(
-        ill,
-        lambda x, mask, shift, one_pass: _second_pass(r, x, mask, shift, n),
-        lambda x, mask, shift, one_pass: one_pass,
-        *(x, mask, shift, (offset, var)),
-    )
-    return BatchMoments(shift, offset, var, jnp.asarray(count, dtype))
+def batch_moments(
+    r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array
+) -> BatchMoments:
+    """The one implementation of moments; `moments` is its public face.
+
+    `near` guesses the mean, as the running mean does. It saves a pass, and has no
+    influence on the result beyond rounding, hence no derivative.
+    """
+    near = jnp.where(jnp.isfinite(near), near, 0)
+    first = _pass(r, x, mask, _reduce.shared(r, x, near))
+
+    def more(carry: tuple[jax.Array, BatchMoments]) -> jax.Array:
+        i, m = carry
+        # Written so that NaN and overflow count as ill-conditioned.
+        ill = ~(m.offset * m.offset <= _WELL_CONDITIONED * m.var)
+        return (i < _MORE_PASSES) & jnp.any(ill)
+
+    def again(carry: tuple[jax.Array, BatchMoments]) -> tuple[jax.Array, BatchMoments]:
+        i, m = carry
+        return i + 1, _pass(r, x, mask, m.shift + m.offset)
+
+    return lax.while_loop(more, again, (jnp.int32(0), first))[1]
 
 
 @batch_moments.defjvp
 def _batch_moments_jvp(
     r: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[BatchMoments, BatchMoments]:
-    x, mask = primals
-    out = batch_moments(r, x, mask)
+    x, mask, near = primals
+    out = batch_moments(r, x, mask, near)
     tangent = jax.checkpoint(functools.partial(_moments_tangent, r), prevent_cse=False)
     return out, tangent(x, mask, out, tangents[0])
+
+
+def _pass(r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array) -> BatchMoments:
+    """Moments from the sums of x - shift and (x - shift)**2, for a shift near `near`."""
+    shift, _ = split(near, near, bits_less=1)
+    first = _reduce.deviation(r, x, mask, shift)
+    other, ahead = split(near, shift - near, bits_less=2)
+    second = _reduce.deviation(r, x, mask, other)
+    sums = [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+    count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums)
+    n = _reduce.at_least_one(count, total.dtype)
+    offset = total / n
+    var = jnp.maximum(square / n - jnp.square(offset + ahead), 0)
+    return BatchMoments(shift, offset, var, jnp.asarray(count, total.dtype))
 
 
 def _moments_tangent(
@@ -193,7 +213,7 @@ def centred_tangent(
     dx, centred = _reduce.kept(dx, mask), _reduce.kept(centred, mask)
     n = _reduce.at_least_one(m.count, dx.dtype)
     shift, offset = split(m.shift, m.offset, bits_less=2)
-    deviation = _reduce.kept(_reduce.promoted(x) - _reduce.spread(shift, r.axes), mask)
+    deviation = _reduce.deviation(r, x, mask, shift)
     sums = [
         _reduce.sum_over(dx, r),
         _reduce.sum_over(centred, r),
@@ -228,31 +248,20 @@ def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None, m: BatchMoment
 
     def solve(_: Any, dx: jax.Array) -> jax.Array:
         (total,) = _reduce.psum(r, [_reduce.sum_over(_reduce.kept(dx, mask), r)])
-        c, _ = split(total / n, jnp.zeros_like(total), bits_less=1)
+        c, _ = split(total / n, total, bits_less=1)
         return dx - _reduce.spread(c, r.axes)
 
     return lax.custom_linear_solve(lambda v: v, dx, solve=solve, transpose_solve=lambda _, ct: ct)
 
 
-def _second_pass(
-    r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array, n: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The mean of x - shift, and the variance about the mean."""
-    deviation = _reduce.kept(_reduce.promoted(x) - _reduce.spread(shift, r.axes), mask)
-    sums = [_reduce.sum_over(deviation, r), _reduce.sum_over(deviation * deviation, r)]
-    total, square = _reduce.psum(r, sums)
-    offset = total / n
-    return offset, jnp.maximum(square / n - offset * offset, 0)
-
-
 def split(mean: jax.Array, rest: jax.Array, bits_less: int) -> tuple[jax.Array, jax.Array]:
     """(shift, offset) with shift + offset = mean + rest; the shift has a few bits less.
 
-    Subtracting a shift from `x` needs the same number in every use. A compiler may
+    What is subtracted from `x` must be the same number in every use. A compiler may
     evaluate x - total / n with one rounding, in some uses and not in others: at a
     mean of 1e4 deviations they then differ by 5e-4 deviations. A shift of explicit
     precision is one number. And uses with shifts of their own share no x - shift,
-    which XLA would write out in float32, to be read in the backward pass.
+    which XLA would write out in float32, to be read in the next sum or pass.
     """
     info = jnp.finfo(mean.dtype)
     shift = lax.reduce_precision(mean, info.nexp, info.nmant - bits_less)

@@ -75,7 +75,7 @@ def _normalize_jvp(plan: Plan, primals: tuple[Inputs], tangents: tuple[Inputs]) 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None, Coefficients]:
     moments = None
     if plan.train is not False:
-        moments = _moments.batch_moments(plan.reduction, inputs.x, inputs.mask)
+        moments = _moments.batch_moments(plan.reduction, inputs.x, inputs.mask, inputs.mean)
     c = _coefficients(plan, inputs, moments)
     a = c.inverse if inputs.scale is None else c.inverse * inputs.scale
     b = -c.offset * a if inputs.bias is None else inputs.bias - c.offset * a

@@ -95,6 +95,22 @@ def promoted(x: jax.Array) -> jax.Array:
     return x.astype(_checks.compute_dtype(x.dtype))
 
 
+def deviation(r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> jax.Array:
+    """x - shift, promoted, 0 where masked."""
+    return kept(promoted(x) - spread(shift, r.axes), mask)
+
+
+def shared(r: Reduction, x: jax.Array, v: jax.Array) -> jax.Array:
+    """`v` where it is surely the same on all devices of the mapped axes, else 0.
+
+    Under pmap, vmap and shard_map without check_vma nothing tells.
+    """
+    if r.axis_name is None:
+        return v
+    names = set(r.axis_name) if isinstance(r.axis_name, tuple) else {r.axis_name}
+    return v if names <= varying(x) and not names & varying(v) else jnp.zeros_like(v)
+
+
 def at_least_one(count: Any, dtype: Any) -> jax.Array:
     """The divisor of a mean, safe for channels without entries."""
     return jnp.maximum(jnp.asarray(count, dtype), 1)
