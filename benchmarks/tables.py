@@ -1,0 +1,210 @@
+"""The results as CSV files, and the tables of README.md from them.
+
+    python benchmarks/tables.py            write README.md's tables anew
+    python benchmarks/tables.py --check    exit with status 1 if they differ
+
+README.md marks a table by the lines `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+MNIST = HERE.parent / "examples" / "results" / "mnist" / "metrics.csv"
+README = HERE.parent / "README.md"
+REGION = re.compile(r"<!-- table: ([\w-]+) -->\n(?:(?!<!-- table:).)*?<!-- end -->", re.DOTALL)
+OPENING = "<!-- table:"
+
+Rows = list[dict[str, str]]
+
+# Rows of peers.csv that README.md shows, by their column "key".
+PEERS = (
+    "variance-1e3",
+    "variance-1e4",
+    "output-1e4",
+    "gradient-1e4",
+    "variance-bfloat16",
+    "mask",
+    "mask-devices",
+    "mask-nan",
+    "mask-nan-gradient",
+    "nan-batch",
+    "batch-statistics",
+    "residuals",
+    "float64",
+    "batch-of-one",
+    "cumulative",
+    "traced-train",
+)
+
+
+class TableError(ValueError):
+    """README.md or a CSV file cannot be used; the message says which and why."""
+
+
+def environment() -> str:
+    """Versions and kind of hardware; nothing that names a machine."""
+    import jax
+    import layers
+
+    device = jax.devices()[0]
+    kind = f"CPU, {os.cpu_count()} cores"
+    if device.platform != "cpu":
+        kind = device.device_kind
+    return f"Python {platform.python_version()}, {layers.versions()}; {kind}"
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """results/NAME.csv, after a line of comment that says what it was measured with."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# {environment()}\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(markdown([{k: str(v) for k, v in row.items()} for row in rows]))
+    print(f"Written: benchmarks/results/{path.name}\n")
+
+
+def read(name: str) -> tuple[Rows, str]:
+    """Rows, and the line about what they were measured with."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        raise TableError(f"benchmarks/results/{path.name}: missing. Run the script that makes it.")
+    with path.open(newline="", encoding="utf-8") as file:
+        comment = file.readline().removeprefix("#").strip()
+        return list(csv.DictReader(file)), comment
+
+
+def markdown(rows: Rows) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _with_note(rows: Rows, comment: str) -> str:
+    return f"{markdown(rows)}\n\nMeasured with {comment}."
+
+
+def accuracy() -> str:
+    rows, comment = read("variance")
+    shown = [row for row in rows if row["n"] == "8192" and row["mean"] in ("0", "10", "1000")]
+    shown += [row for row in rows if row["n"] == "8192" and row["mean"] == "10000"]
+    kept = [{k: v for k, v in row.items() if k != "n"} for row in shown]
+    return _with_note([_renamed(row, "mean", "mean / deviation") for row in kept], comment)
+
+
+def derivatives() -> str:
+    rows, comment = read("derivatives")
+    shown = [row for row in rows if row["mean"] in ("0", "1000", "10000")]
+    return _with_note([_renamed(row, "mean", "mean / deviation") for row in shown], comment)
+
+
+def peers() -> str:
+    rows, comment = read("peers")
+    by_key = {row.pop("key"): row for row in rows}
+    missing = [key for key in PEERS if key not in by_key]
+    if missing:
+        raise TableError(f"benchmarks/results/peers.csv: has no rows {missing}. Run peers.py.")
+    shown = [by_key[key] for key in PEERS]
+    notes = ["Numbers are right (yes) within 0.1 %."]
+    other = "equinox, mode='batch'"
+    if other in shown[0]:
+        differ = [row for row in shown if row[other] != row["equinox"]]
+        changes = "; ".join(f"{row['']}: {row[other]}" for row in differ) or "nothing"
+        notes.append(f"equinox is in its default mode; mode='batch' changes {changes}.")
+    compact = [{k: v for k, v in row.items() if k != other} for row in shown]
+    return f"{markdown(compact)}\n\n{' '.join(notes)} Measured with {comment}."
+
+
+def mnist() -> str:
+    """From the run of examples/train_mlp.py that made the README's picture."""
+    if not MNIST.exists():
+        raise TableError(f"examples/results/mnist/{MNIST.name}: missing. Train on MNIST.")
+    with MNIST.open(newline="", encoding="utf-8") as file:
+        metrics = list(csv.DictReader(file))
+    rows = []
+    for network, label in (("bn", "with"), ("no-bn", "without")):
+        steps = {
+            int(row["step"]): float(row["test_accuracy"])
+            for row in metrics
+            if row["network"] == network
+        }
+        passed = [step for step, accuracy in steps.items() if accuracy > 0.97]
+        rows.append(
+            {
+                "batch normalization": label,
+                **{f"test accuracy at {step}": f"{steps[step]:.1%}" for step in (100, 500, 2000)},
+                f"at {max(steps)}": f"{steps[max(steps)]:.2%}",
+                "above 97 % at step": str(min(passed, default="never")),
+            }
+        )
+    return markdown(rows)
+
+
+def plain(name: str) -> Callable[[], str]:
+    return lambda: _with_note(*read(name))
+
+
+def _renamed(row: dict[str, str], old: str, new: str) -> dict[str, str]:
+    return {new if key == old else key: value for key, value in row.items()}
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "corrections": plain("corrections"),
+    "derivatives": derivatives,
+    "mnist": mnist,
+    "output": plain("output"),
+    "peers": peers,
+    "peers-all": plain("peers"),
+    "speed": plain("speed"),
+    "variance": plain("variance"),
+}
+
+
+def injected(text: str) -> str:
+    """The text with every marked table written anew."""
+
+    def region(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise TableError(f"table: {name} is unknown. There are {', '.join(TABLES)}.")
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    result, count = REGION.subn(region, text)
+    if count != text.count(OPENING):
+        raise TableError(f"{text.count(OPENING)} tables begin, but {count} end with <!-- end -->.")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, compare only")
+    parser.add_argument("--readme", type=Path, default=README, help="another file than README.md")
+    arguments = parser.parse_args()
+    try:
+        old = arguments.readme.read_text(encoding="utf-8")
+        new = injected(old)
+    except (OSError, TableError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    if arguments.check and new != old:
+        print(f"{arguments.readme.name} differs: run benchmarks/tables.py.", file=sys.stderr)
+        return 1
+    if not arguments.check:
+        arguments.readme.write_text(new, encoding="utf-8")
+    print(f"{arguments.readme.name}: {old.count(OPENING)} tables")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
