@@ -33,17 +33,22 @@ lint: $(READY) ## Check format, style and types
 	$(RUN) -m ruff format --check --diff
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
+	$(RUN) benchmarks/tables.py --check
 
 format: $(READY) ## Rewrite the files in the checked format
 	$(RUN) -m ruff format
 	$(RUN) -m ruff check --fix
 
-bench: ## Compare with other implementations
-	@echo "There are no benchmarks yet: nothing was measured."
+bench: $(READY) ## Compare with other implementations; writes benchmarks/results and the README
+	@$(INSTALL) -e '.[benchmarks]'
+	for s in accuracy derivatives peers speed corrections; do \
+	  KERAS_BACKEND=jax $(RUN) benchmarks/$$s.py || exit 1; \
+	done
+	$(RUN) benchmarks/tables.py
 
 clean: ## Delete the environment, caches and builds; runs/ stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
-	find bnjax examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bnjax benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@if [ -e "$(OURS)" ]; then echo "rm -rf $(VENV)"; rm -rf "$(VENV)"; fi
 
 # --- the environment -------------------------------------------------------

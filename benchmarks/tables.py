@@ -104,8 +104,14 @@ def accuracy() -> str:
 
 def derivatives() -> str:
     rows, comment = read("derivatives")
-    shown = [row for row in rows if row["mean"] in ("0", "1000", "10000")]
+    shown = [row for row in rows if row["mean"] in ("0", "10000")]
     return _with_note([_renamed(row, "mean", "mean / deviation") for row in shown], comment)
+
+
+def speed() -> str:
+    rows, comment = read("speed")
+    shown = [row for row in rows if row["mean / deviation"] != "10" or row["shape"] == "8192x1024"]
+    return _with_note(shown, comment)
 
 
 def peers() -> str:
@@ -166,7 +172,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "output": plain("output"),
     "peers": peers,
     "peers-all": plain("peers"),
-    "speed": plain("speed"),
+    "speed": speed,
+    "speed-all": plain("speed"),
     "variance": plain("variance"),
 }
 
