@@ -44,11 +44,17 @@ def float_array(name: str, x: Any) -> jax.Array:
 def float_dtype(name: str, dtype: Any) -> Any:
     """The canonical form of a floating dtype that the caller asked for."""
     try:
-        result = jax.dtypes.canonicalize_dtype(dtype)
+        if dtype is None:  # which NumPy reads as float64
+            raise TypeError("no dtype")
+        result = jnp.zeros((), dtype).dtype  # warns, as JAX does, of float64 without x64
     except TypeError as error:
-        raise TypeError(f"`{name}` must be a floating dtype, got {dtype!r}.") from error
+        raise TypeError(
+            f"`{name}` must be a floating dtype, got {dtype!r}. Fix: {name}=jnp.float32."
+        ) from error
     if not jnp.issubdtype(result, jnp.floating):
-        raise TypeError(f"`{name}` must be a floating dtype, got {result}.")
+        raise TypeError(
+            f"`{name}` must be a floating dtype, got {result}. Fix: {name}=jnp.float32."
+        )
     return result
 
 
@@ -71,6 +77,11 @@ def feature_axes(axis: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     if isinstance(axis, str) or not all(_is_int(a) for a in axes):
         raise TypeError(f"`axis` must be an int or a tuple of ints, got {axis!r}.")
+    if rank == 0:
+        raise ValueError(
+            "`x` must have at least one axis, that of the features, got a scalar. "
+            "Fix: x[None, None] for one example of one feature."
+        )
     for a in axes:
         if not -rank <= a < rank:
             raise ValueError(
@@ -120,7 +131,7 @@ def mask(value: Any, shape: tuple[int, ...]) -> jax.Array | None:
         got = getattr(value, "dtype", type(value).__name__)
         raise TypeError(
             f"`mask` must be an array of booleans, True where an entry counts, "
-            f"got {got}. Fix: mask.astype(bool)."
+            f"got {got}. Fix: jnp.asarray(mask, bool)."
         )
     fits = len(value.shape) == len(shape) and all(
         m in (1, s) for m, s in zip(value.shape, shape, strict=True)
@@ -128,7 +139,7 @@ def mask(value: Any, shape: tuple[int, ...]) -> jax.Array | None:
     if not fits:
         raise ValueError(
             f"`mask` must have the rank of `x` and broadcast to its shape {shape}, "
-            f"got shape {value.shape}. Fix: add axes of size 1, as in "
+            f"got shape {value.shape}. Fix: give each axis its size in `x` or 1, as in "
             "mask[:, None] for one boolean per example of a matrix."
         )
     return jnp.asarray(value)
@@ -149,9 +160,9 @@ def vector(name: str, value: Any, shape: tuple[int, ...], axes: tuple[int, ...])
 def counter(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
     """The count of accepted updates: integers, one per channel."""
     dtype = getattr(value, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    if dtype is None or not jnp.issubdtype(dtype, jnp.signedinteger):
         raise TypeError(
-            f"`{name}` must be an array of integers, got "
+            f"`{name}` must be an array of signed integers, got "
             f"{dtype or type(value).__name__}. Fix: jnp.zeros({shape}, jnp.int32)."
         )
     if value.shape != shape:
@@ -176,10 +187,10 @@ def number(name: str, value: Any, low: float, high: float, shape: tuple[int, ...
             f"{shape}, got shape {np.shape(value)}."
         )
     if is_concrete(value):
-        concrete = np.asarray(value, np.float64)
+        # Compared as they came: an integer may be larger than any float.
+        concrete = np.asarray(value)
         if not np.all((concrete >= low) & (concrete <= high)):
-            bound = f"in [{low:g}, {high:g}]" if np.isfinite(high) else f"at least {low:g}, finite"
-            raise ValueError(f"`{name}` must be {bound}, got {value}.")
+            raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {value}.")
     return value
 
 
@@ -190,12 +201,32 @@ def names(axis_name: Any, axis_index_groups: Any) -> None:
             "`axis_index_groups` needs `axis_name`, the mapped axis that the groups "
             f"divide, got axis_index_groups={axis_index_groups!r} and axis_name=None."
         )
+    if axis_index_groups is not None and not _is_groups(axis_index_groups):
+        raise TypeError(
+            "`axis_index_groups` must be a list of lists of indices, got "
+            f"{axis_index_groups!r}. Fix: [[0, 1], [2, 3]] for two groups of two."
+        )
     try:
         hash(axis_name)
     except TypeError as error:
         raise TypeError(
             f"`axis_name` must be a name or a tuple of names, got {axis_name!r}."
         ) from error
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two options are one; arrays only if they are the same object."""
+    arrays = (jax.Array, np.ndarray)
+    if a is b or isinstance(a, arrays) or isinstance(b, arrays):
+        return a is b
+    return bool(a == b)
+
+
+def _is_groups(value: Any) -> bool:
+    def is_list(v: Any) -> bool:
+        return isinstance(v, Sequence) and not isinstance(v, str)
+
+    return is_list(value) and all(is_list(g) and all(_is_int(i) for i in g) for g in value)
 
 
 def _is_int(value: Any) -> bool:

@@ -214,10 +214,11 @@ def batch_norm(**options: Any) -> Norm:
         params: BNParams, state: BNState, x: jax.Array, train: bool | jax.Array, **call: Any
     ) -> tuple[jax.Array, BNState]:
         for name in sorted(options.keys() & call.keys()):
-            if call[name] is not options[name] and call[name] != options[name]:
+            if not _checks.same(call[name], options[name]):
                 raise TypeError(
                     f"`{name}` is bound to {options[name]!r} by batch_norm(...), got "
-                    f"{call[name]!r} in the call. Fix: give it in one place."
+                    f"{call[name]!r} in the call, or from the field of a module. Fix: give "
+                    "it in one place."
                 )
         return bn_apply(params, state, x, train, **{**options, **call})
 
@@ -267,7 +268,9 @@ def _inputs(
         bias=bias,
         mean=state.mean.astype(dtype),
         var=state.var.astype(dtype),
-        epsilon=jnp.asarray(_checks.number("epsilon", epsilon, 0.0, float("inf"), shape), dtype),
+        epsilon=jnp.asarray(
+            _checks.number("epsilon", epsilon, 0.0, float(jnp.finfo(dtype).max), shape), dtype
+        ),
     )
 
 
@@ -275,7 +278,15 @@ def _weight(momentum: Any, count: jax.Array) -> Any:
     """Weight of the old value: as given, or what the schedule says."""
     if not callable(momentum):
         return _checks.number("momentum", momentum, 0.0, 1.0, count.shape)
-    return _checks.number("momentum(state.count)", momentum(count), 0.0, 1.0, count.shape)
+    try:
+        weight = momentum(count)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "`momentum` must be a number or a schedule: array of counts -> weights, got "
+            f"{momentum!r}, which failed: {error} Fix: momentum=cumulative(), with the "
+            "parentheses."
+        ) from error
+    return _checks.number("momentum(state.count)", weight, 0.0, 1.0, count.shape)
 
 
 def _update(
@@ -291,8 +302,11 @@ def _update(
         var = var * (batch.count / jnp.maximum(batch.count - 1, 1))
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        w = weight if isinstance(weight, (int, float)) else jnp.asarray(weight, old.dtype)
-        return jnp.where(learns, w * old + (1 - w) * new.astype(old.dtype), old)
+        wide = _reduce.promoted(old)
+        # A Python number keeps 1 - w exact to the last bit, as in Flax.
+        w = float(weight) if isinstance(weight, (int, float)) else jnp.asarray(weight, wide.dtype)
+        updated = w * wide + (1 - w) * new.astype(wide.dtype)
+        return jnp.where(learns, updated.astype(old.dtype), old)
 
     # A count at the end of its range stays there rather than turn negative.
     room = state.count < jnp.iinfo(state.count.dtype).max

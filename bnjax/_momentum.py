@@ -28,7 +28,7 @@ def cumulative() -> _checks.Schedule:
     """
 
     def schedule(count: jax.Array) -> jax.Array:
-        old = count.astype(jnp.float32)
+        old = jnp.asarray(count, jnp.float32)
         return old / (old + 1)
 
     return schedule
@@ -67,8 +67,8 @@ def debiased(momentum: float) -> _checks.Schedule:
     def schedule(count: jax.Array) -> jax.Array:
         # expm1 keeps 1 - m**count exact where m is close to 1.
         rate = jnp.log(jnp.asarray(momentum, jnp.float32))
-        old = -jnp.expm1(count.astype(jnp.float32) * rate)
-        new = -jnp.expm1((count.astype(jnp.float32) + 1) * rate)
-        return jnp.where(count == 0, 0, momentum * old / new).astype(jnp.float32)
+        updates = jnp.asarray(count, jnp.float32)
+        old, new = -jnp.expm1(updates * rate), -jnp.expm1((updates + 1) * rate)
+        return jnp.where(updates == 0, 0, momentum * old / new).astype(jnp.float32)
 
     return schedule

@@ -52,14 +52,18 @@ class Coefficients(NamedTuple):
     from_batch: bool | jax.Array
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None]:
     """y and the batch's moments; None for moments that no mode needs."""
+    return _reduce.compiled(_normalize, plan.reduction)(plan, inputs)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalize(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None]:
     y, moments, _ = _forward(plan, inputs)
     return y, moments
 
 
-@normalize.defjvp
+@_normalize.defjvp
 def _normalize_jvp(plan: Plan, primals: tuple[Inputs], tangents: tuple[Inputs]) -> Any:
     (inputs,), (dinputs,) = primals, tangents
     y, moments, coefficients = _forward(plan, inputs)
@@ -122,7 +126,8 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
     db = -dmean * a - offset * da
     if d.bias is not None:
         db = db + d.bias
-    shift, a, da, db = _spread(plan, x, shift, a, da, db)
+    # Apart, since only what is linear in the tangents can be transposed.
+    (shift, a), (da, db) = _spread(plan, x, shift, a), _spread(plan, x, da, db)
     dy = dx * a + (_finite(x, x, mask) - shift) * da + db
     return dy.astype(plan.dtype), dmoments
 

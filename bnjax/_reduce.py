@@ -1,6 +1,8 @@
 """Sums over array axes and over devices: the only collectives."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,19 @@ def reduction(axes: tuple[int, ...], axis_name: Any, axis_index_groups: Any) -> 
     if groups is not None:
         groups = tuple(tuple(group) for group in groups)
     return Reduction(axes, axis_name, groups)
+
+
+def compiled(function: Callable[..., Any], r: Reduction) -> Callable[..., Any]:
+    """The function as one program, for calls outside of jit; its first argument is static.
+
+    Mapped axes imply tracing, and errors of collectives are reported only from there.
+    """
+    return function if r.axis_name is not None else _jitted(function)
+
+
+@functools.cache
+def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(function, static_argnums=0, inline=True)
 
 
 def synchronise(
@@ -124,7 +139,11 @@ def spread(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def varying(tree: Any) -> frozenset[Any]:
     """Mesh axes over which arrays differ, as shard_map's check_vma tracks them."""
     types = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
-    return frozenset[Any]().union(*(getattr(t, "vma", ()) for t in types))
+    # The attribute is `vma` in some versions of jax, `manual_axis_type.varying` in others.
+    tracked = [getattr(t, "manual_axis_type", None) for t in types]
+    return frozenset[Any]().union(
+        *(t.vma if m is None else m.varying for t, m in zip(types, tracked, strict=True))
+    )
 
 
 def vary(v: jax.Array, axes: frozenset[Any]) -> jax.Array:

@@ -116,7 +116,6 @@ class BatchNorm(nn.Module):
             self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
         )
         dtype = dtypes.canonicalize_dtype(x, params.scale, params.bias, dtype=self.dtype)
-        mapped = {} if self.is_initializing() else self._mapped_axes()
         y, new = norm.apply(
             params,
             _state(statistics, shape),
@@ -125,7 +124,7 @@ class BatchNorm(nn.Module):
             axis=self.axis,
             mask=_broadcast_rank(mask, x.ndim),
             dtype=dtype,
-            **mapped,
+            **self._mapped_axes(),
         )
         if inference is not True and not self.is_initializing():
             for name, variable in statistics.items():
@@ -140,8 +139,13 @@ class BatchNorm(nn.Module):
         }
         if self.norm is None:
             return batch_norm(**options)
+        if not isinstance(self.norm, Norm):
+            raise TypeError(
+                f"`norm` must be a Norm, got {self.norm!r}. Fix: norm=bnjax.batch_norm(), "
+                "with the parentheses."
+            )
         for name, value in options.items():
-            if value != type(self).__dataclass_fields__[name].default:
+            if not _checks.same(value, type(self).__dataclass_fields__[name].default):
                 raise ValueError(
                     f"`{name}` must be bound in `norm` when a norm is given, got "
                     f"{name}={value!r} beside it. Fix: norm=batch_norm({name}={value!r})."
@@ -149,6 +153,8 @@ class BatchNorm(nn.Module):
         return self.norm
 
     def _mapped_axes(self) -> dict[str, Any]:
+        if self.is_initializing():
+            return {"axis_name": None, "axis_index_groups": None}
         return {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
 
     def _statistics(
@@ -156,7 +162,7 @@ class BatchNorm(nn.Module):
     ) -> dict[str, nn.Variable[jax.Array]]:
         dtype = jnp.dtype(jnp.float32)
         if not self.force_float32_reductions:
-            dtype = _checks.compute_dtype(self.param_dtype)
+            dtype = _checks.compute_dtype(_checks.float_dtype("param_dtype", self.param_dtype))
         initial = {
             "mean": lambda: jnp.zeros(shape, dtype),
             "var": lambda: jnp.ones(shape, dtype),
@@ -175,15 +181,18 @@ class BatchNorm(nn.Module):
             return
         where = "/".join((_STATS, *self.path, ""))
         fix = (
-            "jnp.zeros(shape, jnp.int32), or the number of updates that the statistics "
-            "have seen, which a schedule as `momentum` starts from"
-            if missing == ["count"]
-            else "those that init returned or training updated: "
+            "supply those that init returned or training updated: "
             "apply({'params': ..., 'batch_stats': ...}, x)"
         )
+        if "count" in missing:
+            fix = (
+                "for `count`, which a schedule as `momentum` reads, supply "
+                "jnp.zeros(shape, jnp.int32), or the number of updates that the statistics "
+                f"have seen; otherwise {fix}"
+            )
         raise ValueError(
             f"running statistics must hold {sorted(names)}, got none for "
-            f"{[where + name for name in missing]}. Fix: supply {fix}."
+            f"{[where + name for name in sorted(missing)]}. Fix: {fix}."
         )
 
 
@@ -193,8 +202,8 @@ def _state(statistics: dict[str, Any], shape: tuple[int, ...]) -> BNState:
 
 
 def _broadcast_rank(mask: Any, rank: int) -> jax.Array | None:
-    """flax broadcasts masks as NumPy does: axes of size 1 are added in front."""
+    """As flax does: cast to booleans, axes of size 1 added in front."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = jnp.asarray(mask, bool)
     return jnp.expand_dims(mask, tuple(range(max(0, rank - mask.ndim))))

@@ -148,7 +148,9 @@ def test_schedule_sees_the_count_of_each_channel():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float64])
-@pytest.mark.parametrize("momentum", [0.9, np.float64(0.9), bnjax.cumulative()], ids=str)
+@pytest.mark.parametrize(
+    "momentum", [0.9, np.float64(0.9), bnjax.cumulative()], ids=["float", "numpy", "schedule"]
+)
 def test_state_can_be_carried(x64, dtype, x_dtype, momentum):
     """Shapes, dtypes and strong types of the given state, also under strict promotion."""
     params, state = layer(dtype)

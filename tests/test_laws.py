@@ -206,6 +206,14 @@ def test_state_keeps_its_types(norm):
 
 
 @law
+@pytest.mark.usefixtures("x64")
+def test_state_stays_narrower_than_the_input(norm):
+    params, state = norm.init(SHAPE[-1])
+    new = norm.apply(params, state, jnp.ones(SHAPE, jnp.float64), True)[1]
+    assert new.mean.dtype == new.var.dtype == jnp.float32
+
+
+@law
 def test_state_is_carried_by_scan(norm):
     params, state = norm.init(SHAPE[-1])
     xs = jnp.asarray(np.random.default_rng(0).normal(size=(4, *SHAPE)), jnp.float32)

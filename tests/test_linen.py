@@ -202,6 +202,10 @@ def test_training_may_begin_without_statistics():
     some = {"params": params, "batch_stats": {"mean": jnp.zeros(3)}}
     with pytest.raises(ValueError, match=r"(?=.*batch_stats/count)(?=.*batch_stats/var)"):
         stats_of(layer, some)
+    # A traced choice may turn out to be evaluation, which needs them.
+    for inference in (True, False):
+        with pytest.raises(ValueError, match="running statistics must hold"):
+            BatchNorm().apply({"params": params}, X, jnp.array(inference), mutable=MUTABLE)
 
 
 # --- norm ---------------------------------------------------------------------------
