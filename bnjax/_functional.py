@@ -217,8 +217,8 @@ def batch_norm(**options: Any) -> Norm:
             if not _checks.same(call[name], options[name]):
                 raise TypeError(
                     f"`{name}` is bound to {options[name]!r} by batch_norm(...), got "
-                    f"{call[name]!r} in the call, or from the field of a module. Fix: give "
-                    "it in one place."
+                    f"{call[name]!r} in the call. Fix: give it in one place, and to a module "
+                    f"as BatchNorm({name}=...)."
                 )
         return bn_apply(params, state, x, train, **{**options, **call})
 

@@ -92,7 +92,7 @@ def moments(
     axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
     near = jnp.zeros([x.shape[a] for a in feature_axes], _checks.compute_dtype(x.dtype))
     r = _reduce.reduction(axes, axis_name, axis_index_groups)
-    result = _reduce.compiled(batch_moments, r)(r, x, mask, near)
+    result = _reduce.compiled(batch_moments, axis_name is not None)(r, x, mask, near)
     count = jnp.broadcast_to(result.count, result.var.shape)
     return Moments(result.shift + result.offset, result.var, count)
 
@@ -213,7 +213,7 @@ def _moments_tangent(
     r: Reduction, x: jax.Array, mask: jax.Array | None, m: BatchMoments, dx: jax.Array
 ) -> BatchMoments:
     dx = _reduce.promoted(dx)
-    return centred_tangent(r, x, mask, m, dx, recentre(r, dx, mask, m))[0]
+    return centred_tangent(r, x, mask, m, dx, recentre(r, dx, mask))[0]
 
 
 def centred_tangent(
@@ -241,7 +241,7 @@ def centred_tangent(
     return tangent, residue
 
 
-def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None, m: BatchMoments) -> jax.Array:
+def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None) -> jax.Array:
     """dx - c per channel, nearly mean(dx), whose transpose is taken as the identity.
 
     Forward mode needs centred tangents: where `dx` has a large mean, as along
@@ -251,8 +251,8 @@ def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None, m: BatchMoment
     exact arithmetic: left out, it saves the backward pass a sum over the array.
 
     `custom_linear_solve`, here of the identity, is the one public way to give a
-    linear map a transpose of its own that works under vmap and to second order.
-    It forgets how arrays vary that it closes over, so with a mask under
+    linear map a transpose of its own that works under vmap and to second order. It
+    loses track of how arrays vary that it closes over, so with a mask under
     shard_map's check_vma c is 0: the same tangent, less accurate forward.
     """
     if mask is not None and _reduce.varying((dx, mask)):

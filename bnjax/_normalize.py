@@ -54,7 +54,8 @@ class Coefficients(NamedTuple):
 
 def normalize(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None]:
     """y and the batch's moments; None for moments that no mode needs."""
-    return _reduce.compiled(_normalize, plan.reduction)(plan, inputs)
+    mapped = plan.reduction.axis_name is not None and plan.train is not False
+    return _reduce.compiled(_normalize, mapped)(plan, inputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -114,7 +115,7 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
         # dx - dmean is all that enters, so both are taken less the same c, which
         # for running statistics is dmean of the batch less that of dx - c.
         r, plain = plan.reduction, dx
-        dx = _moments.recentre(r, plain, mask, moments)
+        dx = _moments.recentre(r, plain, mask)
         dmoments, residue = _moments.centred_tangent(r, x, mask, moments, plain, dx)
         dmean = _choose(c.from_batch, residue, dmean - (dmoments.shift - residue))
         dvar = _choose(c.from_batch, dmoments.var, dvar)

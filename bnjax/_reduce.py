@@ -29,12 +29,12 @@ def reduction(axes: tuple[int, ...], axis_name: Any, axis_index_groups: Any) -> 
     return Reduction(axes, axis_name, groups)
 
 
-def compiled(function: Callable[..., Any], r: Reduction) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
     """The function as one program, for calls outside of jit; its first argument is static.
 
-    Mapped axes imply tracing, and errors of collectives are reported only from there.
+    Not over mapped axes: they imply tracing, and errors of collectives come while it lasts.
     """
-    return function if r.axis_name is not None else _jitted(function)
+    return function if mapped else _jitted(function)
 
 
 @functools.cache
