@@ -12,7 +12,7 @@ import tolerances
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
-from bnjax import BNParams
+from bnjax import BNParams, _reduce
 
 N, C = 64, 6
 P = PartitionSpec
@@ -306,3 +306,20 @@ def test_running_statistics_of_their_own(way):
         y = transform(f, axis_name="i")(split_in((8,))(X), means).reshape(N, C)
     inputs = reference.Inputs(X, PARAMS.scale, PARAMS.bias, np.zeros(C), np.ones(C), 1e-5)
     tolerances.assert_close(y, reference.forward(inputs).y, jnp.float32, N)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("vma", [True, False])
+def test_what_shard_map_tracks_is_seen(vma):
+    """The attribute has moved in jax before; unseen, the running mean would not be used."""
+    seen = []
+
+    def f(x):
+        seen.append(_reduce.varying(x))
+        return _reduce.shared(_reduce.Reduction((0,), "i"), x, jnp.ones(C))
+
+    mesh = mesh_of()
+    f = jax.shard_map(f, in_specs=P("i"), out_specs=P(), mesh=mesh, check_vma=vma)
+    shift = jax.jit(f)(jnp.asarray(X))
+    assert seen[0] == ({"i"} if vma else frozenset())
+    assert np.all(np.asarray(shift) == (1 if vma else 0))

@@ -141,3 +141,11 @@ def test_difference_duplicate_axes():
     nn.BatchNorm(use_running_average=True, axis=(2, -1)).apply(variables, X)
     with pytest.raises(ValueError, match="`axis` must name distinct axes"):
         linen.BatchNorm(use_running_average=True, axis=(2, -1)).apply(variables, X)
+
+
+def test_difference_complex_input():
+    """flax takes |x - mean|**2; here it is refused, while tracing."""
+    x = jnp.ones((4, 3), jnp.complex64)
+    nn.BatchNorm(False).init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match="`x` must have a real floating dtype, got complex64"):
+        linen.BatchNorm(False).init(jax.random.key(0), x)

@@ -140,3 +140,10 @@ def test_blocks_of_a_page():
 def test_broken_links_of_a_page():
     wanted = {"missing.png", "#nowhere", "gone.svg", "also/missing.md"}
     assert set(broken(PAGE, ROOT)) == wanted
+
+
+def test_named_tests_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README.read_text())
+    assert len(named) >= 10
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
