@@ -19,7 +19,7 @@ from bnjax import _checks, _reduce
 from bnjax._reduce import Reduction
 
 # A variance errs by about (1 + offset**2/var) roundings. At an offset of three
-# deviations that measured at most a quarter of the bound in tests/tolerances.py.
+# deviations that measured at most a third of the bound in tests/tolerances.py.
 _WELL_CONDITIONED = 9.0
 # One to come back from a shift that is of no use, one about the mean then found.
 _MORE_PASSES = 2
