@@ -1,6 +1,8 @@
 """`BatchNorm` for flax.linen: it owns the variables and calls a `Norm`."""
 
-from collections.abc import Callable, Hashable
+import contextlib
+import inspect
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from bnjax import _checks
-from bnjax._functional import BNParams, BNState, Norm, batch_norm
+from bnjax import _checks, _modules
+from bnjax._functional import BNParams, Norm, batch_norm
 
 _STATS = "batch_stats"
 
@@ -100,110 +102,125 @@ class BatchNorm(nn.Module):
           ValueError, TypeError: as `bnjax.bn_apply`, and for running statistics
           that are missing.
         """
-        inference = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+        norm = _modules.choose_norm(
+            self.norm, momentum=self.momentum, epsilon=self.epsilon, unbiased=self.unbiased
         )
-        inference = _checks.flag("use_running_average", inference)
-        x = jnp.asarray(x)
-        axes = _checks.feature_axes(self.axis, x.shape)
-        shape = tuple(x.shape[a] for a in axes)
-        norm = self._norm()
-        statistics = self._statistics(shape, norm, inference)
-        params = BNParams(
-            self.param("scale", self.scale_init, shape, self.param_dtype)
-            if self.use_scale
-            else None,
-            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
-        )
-        dtype = dtypes.canonicalize_dtype(x, params.scale, params.bias, dtype=self.dtype)
-        y, new = norm.apply(
-            params,
-            _state(statistics, shape),
-            x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
-            jnp.logical_not(inference) if not isinstance(inference, bool) else not inference,
-            axis=self.axis,
-            mask=_broadcast_rank(mask, x.ndim),
-            dtype=dtype,
-            **self._mapped_axes(),
-        )
-        if inference is not True and not self.is_initializing():
-            for name, variable in statistics.items():
-                variable.value = getattr(new, name)
-        return y
-
-    def _norm(self) -> Norm:
-        options = {
-            "momentum": self.momentum,
-            "epsilon": self.epsilon,
-            "unbiased": self.unbiased,
-        }
-        if self.norm is None:
-            return batch_norm(**options)
-        if not isinstance(self.norm, Norm):
-            raise TypeError(
-                f"`norm` must be a Norm, got {self.norm!r}. Fix: norm=bnjax.batch_norm(), "
-                "with the parentheses."
-            )
-        for name, value in options.items():
-            if not _checks.same(value, type(self).__dataclass_fields__[name].default):
-                raise ValueError(
-                    f"`{name}` must be bound in `norm` when a norm is given, got "
-                    f"{name}={value!r} beside it. Fix: norm=batch_norm({name}={value!r})."
-                )
-        return self.norm
-
-    def _mapped_axes(self) -> dict[str, Any]:
-        if self.is_initializing():
-            return {"axis_name": None, "axis_index_groups": None}
-        return {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
-
-    def _statistics(
-        self, shape: tuple[int, ...], norm: Norm, inference: Any
-    ) -> dict[str, nn.Variable[jax.Array]]:
-        dtype = jnp.dtype(jnp.float32)
-        if not self.force_float32_reductions:
-            dtype = _checks.compute_dtype(_checks.float_dtype("param_dtype", self.param_dtype))
-        initial = {
-            "mean": lambda: jnp.zeros(shape, dtype),
-            "var": lambda: jnp.ones(shape, dtype),
-        }
-        if norm.needs_count:
-            initial["count"] = lambda: jnp.zeros(shape, jnp.int32)
-        if not self.is_initializing():
-            self._require(initial, inference)
-        return {name: self.variable(_STATS, name, init) for name, init in initial.items()}
-
-    def _require(self, names: Any, inference: Any) -> None:
-        present = [name for name in names if self.has_variable(_STATS, name)]
-        missing = [name for name in names if name not in present]
-        # As in flax, training may begin without statistics where they are mutable.
-        if not missing or (not present and inference is False):
-            return
-        where = "/".join((_STATS, *self.path, ""))
-        fix = (
-            "supply those that init returned or training updated: "
-            "apply({'params': ..., 'batch_stats': ...}, x)"
-        )
-        if "count" in missing:
-            fix = (
-                "for `count`, which a schedule as `momentum` reads, supply "
-                "jnp.zeros(shape, jnp.int32), or the number of updates that the statistics "
-                f"have seen; otherwise {fix}"
-            )
-        raise ValueError(
-            f"running statistics must hold {sorted(names)}, got none for "
-            f"{[where + name for name in sorted(missing)]}. Fix: {fix}."
-        )
+        return _call(self, norm, x, use_running_average, mask)
 
 
-def _state(statistics: dict[str, Any], shape: tuple[int, ...]) -> BNState:
-    count = statistics["count"].value if "count" in statistics else jnp.zeros(shape, jnp.int32)
-    return BNState(statistics["mean"].value, statistics["var"].value, count)
+@contextlib.contextmanager
+def convert() -> Iterator[None]:
+    """Within it, every `flax.linen.BatchNorm` is computed by bnjax.
+
+    Same variables, same fields; y and running statistics as of
+    `bnjax.linen.BatchNorm`. The model's source stays as it is, and outside of the
+    context so does its behaviour: functions under `jax.jit` are traced anew, on
+    entering it and on leaving it. Layers that derive from flax's are included
+    where they call its `__call__`.
+
+    Returns:
+      A context manager, for this thread.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, bnjax.linen
+      >>> model = nn.BatchNorm(use_running_average=False)
+      >>> x = 3e4 + jnp.arange(8.0)[:, None]
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> @jax.jit
+      ... def var(x):
+      ...     return model.apply(variables, x, mutable=["batch_stats"])[0].var()
+      >>> with bnjax.linen.convert():
+      ...     print(jnp.isclose(var(x), 1, rtol=1e-3))
+      True
+      >>> print(jnp.isclose(var(x), 1, rtol=1e-3))  # flax's variance cancels
+      False
+
+    Source: flax.linen.intercept_methods.
+    """
+    with _converted(True), nn.intercept_methods(_compute_here):
+        yield
 
 
-def _broadcast_rank(mask: Any, rank: int) -> jax.Array | None:
-    """As flax does: cast to booleans, axes of size 1 added in front."""
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask, bool)
-    return jnp.expand_dims(mask, tuple(range(max(0, rank - mask.ndim))))
+# Part of the key of JAX's caches, so that no function compiled outside is used inside.
+_converted = jax.make_user_context(False)
+
+
+def _compute_here(
+    method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    running = getattr(context.orig_method, "func", None)
+    if running is not inspect.unwrap(nn.BatchNorm.__call__):
+        return method(*args, **kwargs)
+    layer = context.module
+    norm = batch_norm(momentum=layer.momentum, epsilon=layer.epsilon)
+    return _call(layer, norm, *_arguments(*args, **kwargs))
+
+
+def _arguments(x: Any, use_running_average: Any = None, *, mask: Any = None) -> tuple[Any, ...]:
+    return x, use_running_average, mask
+
+
+def _call(layer: Any, norm: Norm, x: Any, use_running_average: Any, mask: Any) -> jax.Array:
+    """The call of a layer with flax's fields, in whose compact method it runs."""
+    inference = _checks.flag(
+        "use_running_average",
+        nn.merge_param("use_running_average", layer.use_running_average, use_running_average),
+    )
+    x = jnp.asarray(x)
+    shape = tuple(x.shape[a] for a in _checks.feature_axes(layer.axis, x.shape))
+    statistics = _statistics(layer, shape, norm, inference)
+    params = BNParams(
+        layer.param("scale", layer.scale_init, shape, layer.param_dtype)
+        if layer.use_scale
+        else None,
+        layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None,
+    )
+    dtype = dtypes.canonicalize_dtype(x, params.scale, params.bias, dtype=layer.dtype)
+    mapped = not layer.is_initializing()
+    y, new = _modules.apply(
+        norm,
+        params,
+        {name: variable.value for name, variable in statistics.items()},
+        x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
+        inference,
+        mask=mask,
+        axis=layer.axis,
+        axis_name=layer.axis_name if mapped else None,
+        axis_index_groups=layer.axis_index_groups if mapped else None,
+        dtype=dtype,
+    )
+    if inference is not True and not layer.is_initializing():
+        for name, value in new.items():
+            statistics[name].value = value
+    return y
+
+
+def _statistics(
+    layer: Any, shape: tuple[int, ...], norm: Norm, inference: Any
+) -> dict[str, nn.Variable[jax.Array]]:
+    dtype = jnp.dtype(jnp.float32)
+    if not layer.force_float32_reductions:
+        dtype = _checks.compute_dtype(_checks.float_dtype("param_dtype", layer.param_dtype))
+    initial = _modules.initial(shape, dtype, counted=norm.needs_count)
+    if not layer.is_initializing():
+        _require(layer, initial, inference)
+    return {name: layer.variable(_STATS, name, init) for name, init in initial.items()}
+
+
+def _require(layer: Any, names: Any, inference: Any) -> None:
+    present = [name for name in names if layer.has_variable(_STATS, name)]
+    missing = [name for name in names if name not in present]
+    # As in flax, training may begin without statistics where they are mutable.
+    if not missing or (not present and inference is False):
+        return
+    where = "/".join((_STATS, *layer.path, ""))
+    fix = (
+        "supply those that init returned or training updated: "
+        "apply({'params': ..., 'batch_stats': ...}, x)"
+    )
+    if "count" in missing:
+        fix = f"{_modules.missing_count('jnp.zeros(shape, jnp.int32)')}; otherwise {fix}"
+    raise ValueError(
+        f"running statistics must hold {sorted(names)}, got none for "
+        f"{[where + name for name in sorted(missing)]}. Fix: {fix}."
+    )

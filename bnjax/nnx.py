@@ -1,0 +1,314 @@
+"""`BatchNorm` for flax.nnx: it owns the variables and calls a `Norm`."""
+
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from bnjax import _checks, _modules
+from bnjax._functional import BNParams, Norm
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization, a drop-in for `flax.nnx.BatchNorm`.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias, per channel; the moments
+    are the batch's in training, the running ones at inference. Same arguments,
+    attributes and calls, same variables (`nnx.Param` scale and bias,
+    `nnx.BatchStat` mean and var), so that states and checkpoints load both ways.
+
+    Args:
+      num_features: size of the feature axis, or the sizes of the feature axes in
+        ascending order of axis.
+      use_running_average: True for inference; `model.train()` and `model.eval()`
+        set it, `nnx.view` in a copy, and the argument of a call goes first.
+      axis: feature axis or axes of the input.
+      momentum: weight of the old value in the running average, in [0, 1], or a
+        schedule: count -> weight, which adds an `nnx.BatchStat` count.
+      epsilon: added to the variance.
+      dtype: of the computation and the output; by default that to which input,
+        statistics and parameters promote.
+      param_dtype: of scale and bias; the statistics are float32.
+      use_bias, use_scale: whether there is a bias, a scale; None otherwise.
+      bias_init, scale_init: initializers, by default zeros and ones.
+      axis_name: mapped axis or axes (pmap, vmap, shard_map) to synchronise over.
+      axis_index_groups: groups of indices of `axis_name` to synchronise within.
+      use_fast_variance: accepted and without effect: the variance here is
+        accurate and takes one pass where one pass is accurate.
+      promote_dtype: takes `(x, mean, var, scale, bias)` and `dtype`, and returns
+        the five promoted. Of these x, scale and bias are used: the running
+        statistics are never rounded to a lower dtype.
+      rngs: key for the initializers.
+      bias_metadata, scale_metadata: metadata of the parameters.
+      statistics_metadata: metadata of mean, var and count, such as
+        `{"out_sharding": ("model",)}`.
+      unbiased: the running variance takes var * n / (n - 1).
+      norm: the `Norm` to compute with, by default `bnjax.batch_norm`. Its
+        numerics (momentum, epsilon, unbiased) are bound in it.
+
+    Raises:
+      TypeError, ValueError: sizes that are no positive integers; options beside a
+      `norm` that has them bound.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from bnjax.nnx import BatchNorm
+      >>> layer = BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+      >>> print(layer.mean[...])
+      [0.2 2. ]
+      >>> layer.eval()
+      >>> z = layer(jnp.ones((1, 2)))
+
+    Source: Ioffe & Szegedy (2015); the contract is flax.nnx.BatchNorm's.
+    """
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool | None = False,
+        axis: int | tuple[int, ...] = -1,
+        momentum: float | _checks.Schedule = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Callable[..., Any] = nnx.initializers.zeros_init(),  # noqa: B008, as in flax
+        scale_init: Callable[..., Any] = nnx.initializers.ones_init(),  # noqa: B008
+        axis_name: Hashable | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NOTHING,
+        scale_metadata: Mapping[str, Any] = _NOTHING,
+        statistics_metadata: Mapping[str, Any] = _NOTHING,
+        unbiased: bool = False,
+        norm: Norm | None = None,
+    ) -> None:
+        """A layer as the class describes it."""
+        shape = _checks.features(num_features)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.unbiased = unbiased
+        self.norm = norm
+        makers = _modules.initial(shape, jnp.float32, counted=self._norm().needs_count)
+        self.mean = nnx.BatchStat(makers["mean"](), **statistics_metadata)
+        self.var = nnx.BatchStat(makers["var"](), **statistics_metadata)
+        if "count" in makers:
+            self.count = nnx.BatchStat(makers["count"](), **statistics_metadata)
+        self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
+        # In flax's order, as each draws a key.
+        if use_scale:
+            value = scale_init(rngs.params(), shape, param_dtype)
+            self.scale = nnx.Param(value, **scale_metadata)
+        if use_bias:
+            value = bias_init(rngs.params(), shape, param_dtype)
+            self.bias = nnx.Param(value, **bias_metadata)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, and updates the running statistics in training.
+
+        Args:
+          x: array of any shape; integers are cast to the output's dtype.
+          use_running_average: True for inference; goes before the attribute. May
+            be a traced boolean.
+          mask: booleans that broadcast to `x`; False entries count nowhere.
+
+        Returns:
+          The normalized array, of the shape of `x`. As in flax, no derivative
+          flows through the new running statistics.
+
+        Raises:
+          ValueError, TypeError: as `bnjax.bn_apply`, and for a layer that is
+          neither in training nor in inference.
+        """
+        inference = self._inference(use_running_average)
+        norm = self._norm()
+        statistics = self._statistics(norm)
+        x, params, dtype = self._promoted(x)
+        y, new = _modules.apply(
+            norm,
+            params,
+            {name: variable[...] for name, variable in statistics.items()},
+            x,
+            inference,
+            mask=mask,
+            axis=self.axis,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=dtype,
+        )
+        if inference is not True:
+            for name, value in new.items():
+                statistics[name][...] = jax.lax.stop_gradient(value)
+        return y
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` sets.
+
+        Args:
+          use_running_average: True for inference, False for training.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def _norm(self) -> Norm:
+        return _modules.choose_norm(
+            self.norm, momentum=self.momentum, epsilon=self.epsilon, unbiased=self.unbiased
+        )
+
+    def _inference(self, call: Any) -> Any:
+        value = self.use_running_average if call is None else call
+        if value is None:
+            raise ValueError(
+                "`use_running_average` must be given, to the constructor, the call or nnx.view, "
+                "got None. Fix: model.train() or model.eval(), which set it in all layers."
+            )
+        return _checks.flag("use_running_average", value)
+
+    def _statistics(self, norm: Norm) -> dict[str, nnx.Variable[jax.Array]]:
+        names = ("mean", "var", "count") if norm.needs_count else ("mean", "var")
+        if norm.needs_count and not hasattr(self, "count"):
+            fix = _modules.missing_count("layer.count = nnx.BatchStat(jnp.zeros(shape, jnp.int32))")
+            raise ValueError(
+                "the running statistics must hold `count`, got none: the momentum became a "
+                f"schedule after the layer was made. Fix: {fix}."
+            )
+        return {name: getattr(self, name) for name in names}
+
+    def _promoted(self, x: Any) -> tuple[jax.Array, BNParams, Any]:
+        """x and parameters as `promote_dtype` has them, and the dtype of y."""
+        x = jnp.asarray(x)
+        sizes = tuple(x.shape[a] for a in _checks.feature_axes(self.axis, x.shape))
+        if sizes != self.mean.shape:
+            raise ValueError(
+                f"`x` must have num_features={self.num_features} along axis {self.axis}, got "
+                f"shape {x.shape}. Fix: BatchNorm({', '.join(map(str, sizes))}, ...), or the "
+                "right `axis`."
+            )
+        given = (self.mean, self.var, self.scale, self.bias)
+        values = (None if variable is None else variable[...] for variable in given)
+        wide, _, _, scale, bias = self.promote_dtype((x, *values), dtype=self.dtype)
+        dtype = dtypes.canonicalize_dtype(wide, scale, bias, dtype=self.dtype)
+        params = BNParams(scale, bias)
+        plain = self.promote_dtype is dtypes.promote_dtype and jnp.issubdtype(x.dtype, jnp.floating)
+        if plain and wide.dtype == _checks.compute_dtype(x.dtype):
+            # The norm promotes just so, and keeps x for the backward pass as it came.
+            return x, params, dtype
+        return wide, params, dtype
+
+
+def convert(model: Any) -> tuple[tuple[Any, ...], ...]:
+    """Turns every `flax.nnx.BatchNorm` of a model into a `bnjax.nnx.BatchNorm`, in place.
+
+    The same objects with the same variables, so that parameters and statistics
+    are kept, shared layers stay shared, and optimizers and other references stay
+    valid. `revert` undoes it.
+
+    Args:
+      model: an nnx module; its source stays as it is.
+
+    Returns:
+      The paths of the layers.
+
+    Raises:
+      ValueError: no such layer. TypeError: a layer of a class derived from
+      flax's, whose own code would be lost.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)),
+      ...                        nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      >>> bnjax.nnx.convert(model)
+      (('layers', 1),)
+      >>> y = model(jnp.ones((4, 2)))
+      >>> bnjax.nnx.revert(model)
+      (('layers', 1),)
+
+    Source: the layers as a flax.nnx.Module holds them.
+    """
+    layers = _layers(model, nnx.BatchNorm)
+    for layer in layers.values():
+        object.__setattr__(layer, "__class__", BatchNorm)
+        layer.unbiased, layer.norm = False, None
+    return tuple(layers)
+
+
+def revert(model: Any) -> tuple[tuple[Any, ...], ...]:
+    """Turns every `bnjax.nnx.BatchNorm` of a model into flax's, in place: undoes `convert`.
+
+    Args:
+      model: an nnx module.
+
+    Returns:
+      The paths of the layers.
+
+    Raises:
+      ValueError: no such layer, or one that flax has no counterpart of: with a
+      schedule as momentum, `unbiased`, a `norm`, several axes. TypeError: a layer
+      of a derived class. Nothing is changed then.
+
+    Example: see `convert`.
+    """
+    layers = _layers(model, BatchNorm)
+    for path, layer in layers.items():
+        ours = {"unbiased": layer.unbiased, "norm": layer.norm}
+        if callable(layer.momentum):
+            ours["momentum"] = layer.momentum
+        if not isinstance(layer.axis, int):
+            ours["axis"] = layer.axis
+        ours = {name: value for name, value in ours.items() if value}
+        if ours:
+            raise ValueError(
+                f"`revert` needs layers that flax.nnx.BatchNorm can be, got {ours} at {path}. "
+                "Fix: set them to flax's values first."
+            )
+    for layer in layers.values():
+        del layer.unbiased, layer.norm
+        object.__setattr__(layer, "__class__", nnx.BatchNorm)
+    return tuple(layers)
+
+
+def _layers(model: Any, kind: type) -> dict[tuple[Any, ...], Any]:
+    """The layers of exactly this class, by path."""
+    found = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, kind)}
+    derived = {path: type(m).__name__ for path, m in found.items() if type(m) is not kind}
+    name = f"{kind.__module__.split('.')[0]}.nnx.BatchNorm"
+    if derived:
+        raise TypeError(
+            f"layers must be of the class {name} itself, got derived ones at {derived}. "
+            "Fix: change what they derive from."
+        )
+    if not found:
+        raise ValueError(f"the model must have a {name} layer, got none in {type(model)}.")
+    return found
