@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from bnjax import _checks, _moments, _normalize, _reduce
+from bnjax import _checks, _normalize, _reduce
 
 
 class BNParams(NamedTuple):
@@ -171,10 +172,15 @@ def bn_apply(
         train if isinstance(train, bool) else None,
     )
     inputs = _inputs(params, state, x, train, mask, epsilon, feature_axes)
-    y, moments = _normalize.normalize(plan, inputs)
-    if moments is None:
-        return y, state
-    return y, _update(state, moments, train, weight, unbiased)
+    number = isinstance(weight, (int, float))
+    compute = _reduce.compiled(_compute, _normalize.is_mapped(plan))
+    y, new = compute(
+        _Static(plan, unbiased, float(weight) if number else None),
+        inputs,
+        state,
+        None if number else weight,
+    )
+    return y, state if new is None else new
 
 
 def batch_norm(**options: Any) -> Norm:
@@ -289,26 +295,34 @@ def _weight(momentum: Any, count: jax.Array) -> Any:
     return _checks.number("momentum(state.count)", weight, 0.0, 1.0, count.shape)
 
 
-def _update(
-    state: BNState,
-    batch: _moments.BatchMoments,
-    train: bool | jax.Array,
-    weight: Any,
-    unbiased: bool,
-) -> BNState:
+class _Static(NamedTuple):
+    """What the program depends on. A number as weight keeps 1 - w exact, as in Flax."""
+
+    plan: _normalize.Plan
+    unbiased: bool
+    weight: float | None
+
+
+def _compute(
+    static: _Static, inputs: _normalize.Inputs, state: BNState, weight: jax.Array | None
+) -> tuple[jax.Array, BNState | None]:
+    y, batch = _normalize.normalize(static.plan, inputs)
+    if batch is None:
+        return y, None
     mean, var = batch.shift + batch.offset, batch.var
-    learns = (batch.count >= 2) & jnp.isfinite(mean) & jnp.isfinite(var) & train
-    if unbiased:
+    learns = (batch.count >= 2) & lax.is_finite(mean) & lax.is_finite(var)
+    if inputs.train is not None:
+        learns = learns & inputs.train
+    if static.unbiased:
         var = var * (batch.count / jnp.maximum(batch.count - 1, 1))
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
         wide = _reduce.promoted(old)
-        # A Python number keeps 1 - w exact to the last bit, as in Flax.
-        w = float(weight) if isinstance(weight, (int, float)) else jnp.asarray(weight, wide.dtype)
+        w = jnp.asarray(weight, wide.dtype) if static.weight is None else static.weight
         updated = w * wide + (1 - w) * new.astype(wide.dtype)
-        return jnp.where(learns, updated.astype(old.dtype), old)
+        return _reduce.where(learns, updated.astype(old.dtype), old)
 
     # A count at the end of its range stays there rather than turn negative.
     room = state.count < jnp.iinfo(state.count.dtype).max
     count = state.count + (learns & room).astype(state.count.dtype)
-    return BNState(average(state.mean, mean), average(state.var, var), count)
+    return y, BNState(average(state.mean, mean), average(state.var, var), count)

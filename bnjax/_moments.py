@@ -166,23 +166,23 @@ def batch_moments(
     `near` guesses the mean, as the running mean does. It saves a pass, and has no
     influence on the result beyond rounding, hence no derivative.
     """
-    near = jnp.where(jnp.isfinite(near), near, 0)
-    first = _pass(r, x, mask, _reduce.shared(r, x, near))
+    near = _reduce.where(lax.is_finite(near), near, 0)
+    # The same function twice: traced once.
+    a_pass = _reduce.compiled(_pass, r.axis_name is not None)
 
-    def more(carry: tuple[jax.Array, BatchMoments]) -> jax.Array:
-        i, m = carry
-        # Written so that NaN and overflow count as ill-conditioned.
-        ill = ~(m.offset * m.offset <= _WELL_CONDITIONED * m.var)
-        return (i < _MORE_PASSES) & jnp.any(ill)
+    def more(carry: tuple[jax.Array, jax.Array, BatchMoments]) -> jax.Array:
+        i, ill, _ = carry
+        return lax.bitwise_and(lax.lt(i, jnp.int32(_MORE_PASSES)), ill)
 
-    def again(carry: tuple[jax.Array, BatchMoments]) -> tuple[jax.Array, BatchMoments]:
-        i, m = carry
+    def again(carry: tuple[jax.Array, jax.Array, BatchMoments]) -> tuple[Any, ...]:
+        i, _, m = carry
         mean = m.shift + m.offset
         # From a shift a thousand times the mean little but rounding is left of it.
-        sound = jnp.isfinite(mean) & (jnp.abs(m.shift) <= 1024 * jnp.abs(mean))
-        return i + 1, _pass(r, x, mask, jnp.where(sound, mean, 0))
+        sound = lax.is_finite(mean) & (lax.abs(m.shift) <= 1024 * lax.abs(mean))
+        return i + 1, *a_pass(r, x, mask, _reduce.where(sound, mean, 0))
 
-    return lax.while_loop(more, again, (jnp.int32(0), first))[1]
+    first = a_pass(r, x, mask, _reduce.shared(r, x, near))
+    return lax.while_loop(more, again, (jnp.int32(0), *first))[2]
 
 
 @batch_moments.defjvp
@@ -195,8 +195,10 @@ def _batch_moments_jvp(
     return out, tangent(x, mask, out, tangents[0])
 
 
-def _pass(r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array) -> BatchMoments:
-    """Moments from the sums of x - shift and (x - shift)**2, for a shift near `near`."""
+def _pass(
+    r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array
+) -> tuple[jax.Array, BatchMoments]:
+    """Moments from sums of x - shift and (x - shift)**2; whether some are ill-conditioned."""
     shift, _ = split(near, near, bits_less=1)
     first = _reduce.deviation(r, x, mask, shift)
     other, ahead = split(near, shift - near, bits_less=2)
@@ -205,8 +207,13 @@ def _pass(r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array) -
     count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums)
     n = _reduce.at_least_one(count, total.dtype)
     offset = total / n
-    var = jnp.maximum(square / n - jnp.square(offset + ahead), 0)
-    return BatchMoments(shift, offset, var, jnp.asarray(count, total.dtype))
+    apart = offset + ahead
+    var = square / n - apart * apart
+    var = lax.max(var, lax.full_like(var, 0))
+    # Written so that NaN and overflow count as ill-conditioned.
+    ill = ~(offset * offset <= _WELL_CONDITIONED * var)
+    count = jnp.asarray(count, total.dtype)
+    return lax.reduce_or(ill, axes=tuple(range(ill.ndim))), BatchMoments(shift, offset, var, count)
 
 
 def _moments_tangent(
@@ -237,7 +244,7 @@ def centred_tangent(
     dmean, residue, product = (total / n for total in _reduce.psum(r, sums))
     dvar = 2 * (product - offset * residue)
     # The mean's two parts have one tangent; the count has none.
-    tangent = BatchMoments(dmean, jnp.zeros_like(dmean), dvar, jnp.zeros_like(m.count))
+    tangent = BatchMoments(dmean, lax.full_like(dmean, 0), dvar, lax.full_like(m.count, 0))
     return tangent, residue
 
 

@@ -52,22 +52,17 @@ class Coefficients(NamedTuple):
     from_batch: bool | jax.Array
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalize(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None]:
     """y and the batch's moments; None for moments that no mode needs."""
-    mapped = plan.reduction.axis_name is not None and plan.train is not False
-    return _reduce.compiled(_normalize, mapped)(plan, inputs)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None]:
-    y, moments, _ = _forward(plan, inputs)
+    y, moments, _ = _reduce.compiled(_forward, is_mapped(plan))(plan, inputs)
     return y, moments
 
 
-@_normalize.defjvp
+@normalize.defjvp
 def _normalize_jvp(plan: Plan, primals: tuple[Inputs], tangents: tuple[Inputs]) -> Any:
     (inputs,), (dinputs,) = primals, tangents
-    y, moments, coefficients = _forward(plan, inputs)
+    y, moments, coefficients = _reduce.compiled(_forward, is_mapped(plan))(plan, inputs)
     # Without the checkpoint reverse mode would keep x - mean, in float32.
     tangent = jax.checkpoint(functools.partial(_tangent, plan), prevent_cse=False)
     dy, dmoments = tangent(
@@ -75,6 +70,10 @@ def _normalize_jvp(plan: Plan, primals: tuple[Inputs], tangents: tuple[Inputs]) 
         dinputs._replace(mask=None, train=None),
     )
     return (y, moments), (dy, dmoments)
+
+
+def is_mapped(plan: Plan) -> bool:
+    return plan.reduction.axis_name is not None and plan.train is not False
 
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None, Coefficients]:
@@ -92,14 +91,14 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None
 def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> Coefficients:
     if moments is None:
         inverse = lax.rsqrt(inputs.var + inputs.epsilon)
-        return Coefficients(inputs.mean, jnp.zeros_like(inputs.mean), inverse, False)
+        return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), inverse, False)
     from_batch: bool | jax.Array = True
     if inputs.mask is not None or inputs.x.size == 0:
         from_batch = jnp.broadcast_to(moments.count > 0, moments.var.shape)
     if inputs.train is not None:
         from_batch = jnp.broadcast_to(from_batch & inputs.train, moments.var.shape)
     shift = _choose(from_batch, moments.shift, inputs.mean)
-    offset = _choose(from_batch, moments.offset, jnp.zeros_like(inputs.mean))
+    offset = _choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
     var = _choose(from_batch, moments.var, inputs.var)
     return Coefficients(shift, offset, lax.rsqrt(var + inputs.epsilon), from_batch)
 
@@ -120,7 +119,7 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
         dmean = _choose(c.from_batch, residue, dmean - (dmoments.shift - residue))
         dvar = _choose(c.from_batch, dmoments.var, dvar)
     a = c.inverse if scale is None else c.inverse * scale
-    da = -0.5 * a * jnp.square(c.inverse) * (dvar + d.epsilon)
+    da = -0.5 * a * (c.inverse * c.inverse) * (dvar + d.epsilon)
     if d.scale is not None:
         da = da + d.scale * c.inverse
     shift, offset = _moments.split(c.shift, c.offset, bits_less=3)
@@ -142,7 +141,7 @@ def _finite(value: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array
 def _choose(condition: bool | jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     if isinstance(condition, bool):
         return new if condition else old
-    return jnp.where(condition, new, old)
+    return _reduce.where(condition, new, old)
 
 
 def _spread(plan: Plan, x: jax.Array, *vectors: jax.Array) -> list[jax.Array]:

@@ -39,7 +39,16 @@ def compiled(function: Callable[..., Any], mapped: bool) -> Callable[..., Any]:
 
 @functools.cache
 def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(function, static_argnums=0, inline=True)
+    jitted = jax.jit(function, static_argnums=0)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        # Derivatives are traced with the empty mesh where calls have none, and JAX's caches
+        # tell the two apart: without this all is traced twice.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            return jitted(*args)
+
+    return call
 
 
 def synchronise(
@@ -97,7 +106,7 @@ def _collective(r: Reduction, value: Any) -> Any:
 
 def sum_over(x: jax.Array, r: Reduction) -> jax.Array:
     """Over the axes of one device."""
-    return jnp.sum(x, r.axes)
+    return lax.reduce_sum(x, axes=r.axes)
 
 
 def kept(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -126,9 +135,16 @@ def shared(r: Reduction, x: jax.Array, v: jax.Array) -> jax.Array:
     return v if names <= varying(x) and not names & varying(v) else jnp.zeros_like(v)
 
 
-def at_least_one(count: Any, dtype: Any) -> jax.Array:
+def at_least_one(count: Any, dtype: Any) -> Any:
     """The divisor of a mean, safe for channels without entries."""
-    return jnp.maximum(jnp.asarray(count, dtype), 1)
+    if isinstance(count, int):
+        return jnp.asarray(max(count, 1), dtype)
+    return lax.max(count, lax.full_like(count, 1))
+
+
+def where(condition: jax.Array, new: jax.Array, old: jax.Array | float) -> jax.Array:
+    """`jnp.where` for vectors of one shape and dtype, traced in a tenth of its time."""
+    return lax.select(condition, new, old if hasattr(old, "shape") else lax.full_like(new, old))
 
 
 def spread(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
