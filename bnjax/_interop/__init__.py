@@ -1,0 +1,1 @@
+"""Conversions, a file for each framework; `bnjax.interop` is their public face."""
