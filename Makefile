@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all lint format bench clean FORCE
+.PHONY: help train test test-all test-torch lint format bench clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,10 @@ test: $(READY) ## Run the tests
 test-all: $(READY) ## Run the tests, those included that are too long for every run
 	$(RUN) -m pytest -n auto $(ARGS)
 
+test-torch: $(READY) ## Run the tests that need torch, which this installs
+	@$(INSTALL) -e '.[benchmarks]'
+	BNJAX_REQUIRE_TORCH=1 $(RUN) -m pytest tests/test_interop_peers.py $(ARGS)
+
 lint: $(READY) ## Check format, style and types
 	$(RUN) -m ruff format --check --diff
 	$(RUN) -m ruff check
@@ -41,7 +45,7 @@ format: $(READY) ## Rewrite the files in the checked format
 
 bench: $(READY) ## Compare with other implementations; writes benchmarks/results and the README
 	@$(INSTALL) -e '.[benchmarks]'
-	for s in accuracy derivatives peers speed corrections; do \
+	for s in accuracy derivatives peers speed corrections tracing; do \
 	  KERAS_BACKEND=jax $(RUN) benchmarks/$$s.py || exit 1; \
 	done
 	$(RUN) benchmarks/tables.py

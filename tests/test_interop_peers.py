@@ -1,7 +1,7 @@
-"""bnjax.interop with the real torch, keras, haiku and equinox, where they are installed.
+"""bnjax.interop with the real keras, haiku and equinox, and with torch where it is installed.
 
-They are in the `benchmarks` extra. Elsewhere tests/test_interop.py has numbers of theirs.
-With BNJAX_REQUIRE_PEERS=1 in the environment a missing package is a failure.
+torch is large, so it is in the `benchmarks` extra, and `make test-torch` requires it. Elsewhere
+tests/test_interop.py has numbers of its layers.
 """
 
 import importlib.util
@@ -33,9 +33,9 @@ def leave_the_others_alone():
 
 def package(name):
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    if importlib.util.find_spec(name) is None:
-        missing = pytest.fail if os.environ.get("BNJAX_REQUIRE_PEERS") else pytest.skip
-        missing(f"{name} is not installed; it is in the `benchmarks` extra")
+    optional = name == "torch" and not os.environ.get("BNJAX_REQUIRE_TORCH")
+    if optional and importlib.util.find_spec(name) is None:
+        pytest.skip("torch is not installed: make test-torch")
     return importlib.import_module(name)
 
 
