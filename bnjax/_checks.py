@@ -58,16 +58,15 @@ def float_dtype(name: str, dtype: Any) -> Any:
     return result
 
 
-def features(value: Any) -> tuple[int, ...]:
+def features(value: Any, name: str = "features", maker: str = "bn_init") -> tuple[int, ...]:
     """The shape of the parameters: positive sizes of the feature axes."""
     sizes = tuple(value) if isinstance(value, Sequence) else (value,)
     if isinstance(value, str) or not all(_is_int(size) for size in sizes):
         raise TypeError(
-            f"`features` must be an int or a tuple of ints, got {value!r}. "
-            "Fix: bn_init(x.shape[-1])."
+            f"`{name}` must be an int or a tuple of ints, got {value!r}. Fix: {maker}(x.shape[-1])."
         )
     if any(size < 1 for size in sizes):
-        raise ValueError(f"`features` must be positive, got {value!r}.")
+        raise ValueError(f"`{name}` must be positive, got {value!r}.")
     return tuple(operator.index(size) for size in sizes)
 
 

@@ -32,8 +32,8 @@ class BatchNorm(nnx.Module):
       momentum: weight of the old value in the running average, in [0, 1], or a
         schedule: count -> weight, which adds an `nnx.BatchStat` count.
       epsilon: added to the variance.
-      dtype: of the computation and the output; by default that to which input,
-        statistics and parameters promote.
+      dtype: of the output; by default that to which input, statistics and
+        parameters promote.
       param_dtype: of scale and bias; the statistics are float32.
       use_bias, use_scale: whether there is a bias, a scale; None otherwise.
       bias_init, scale_init: initializers, by default zeros and ones.
@@ -41,9 +41,10 @@ class BatchNorm(nnx.Module):
       axis_index_groups: groups of indices of `axis_name` to synchronise within.
       use_fast_variance: accepted and without effect: the variance here is
         accurate and takes one pass where one pass is accurate.
-      promote_dtype: takes `(x, mean, var, scale, bias)` and `dtype`, and returns
-        the five promoted. Of these x, scale and bias are used: the running
-        statistics are never rounded to a lower dtype.
+      promote_dtype: flax's own decides the dtype of y, and nothing is rounded
+        before. Another takes `(x, mean, var, scale, bias)` and `dtype`, and returns
+        the five promoted, of which x, scale and bias are used; the running
+        statistics are never rounded.
       rngs: key for the initializers.
       bias_metadata, scale_metadata: metadata of the parameters.
       statistics_metadata: metadata of mean, var and count, such as
@@ -96,7 +97,7 @@ class BatchNorm(nnx.Module):
         norm: Norm | None = None,
     ) -> None:
         """A layer as the class describes it."""
-        shape = _checks.features(num_features)
+        shape = _checks.features(num_features, "num_features", "BatchNorm")
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -215,15 +216,14 @@ class BatchNorm(nnx.Module):
                 "right `axis`."
             )
         given = (self.mean, self.var, self.scale, self.bias)
-        values = (None if variable is None else variable[...] for variable in given)
+        values = tuple(None if variable is None else variable[...] for variable in given)
         wide, _, _, scale, bias = self.promote_dtype((x, *values), dtype=self.dtype)
         dtype = dtypes.canonicalize_dtype(wide, scale, bias, dtype=self.dtype)
-        params = BNParams(scale, bias)
         plain = self.promote_dtype is dtypes.promote_dtype and jnp.issubdtype(x.dtype, jnp.floating)
-        if plain and wide.dtype == _checks.compute_dtype(x.dtype):
-            # The norm promotes just so, and keeps x for the backward pass as it came.
-            return x, params, dtype
-        return wide, params, dtype
+        if plain and jnp.finfo(wide.dtype).bits <= max(32, jnp.finfo(x.dtype).bits):
+            # The norm promotes at least so. What `dtype` would round stays as it came.
+            return x, BNParams(*values[2:]), dtype
+        return wide, BNParams(scale, bias), dtype
 
 
 def convert(model: Any) -> tuple[tuple[Any, ...], ...]:
@@ -259,8 +259,9 @@ def convert(model: Any) -> tuple[tuple[Any, ...], ...]:
     """
     layers = _layers(model, nnx.BatchNorm)
     for layer in layers.values():
-        object.__setattr__(layer, "__class__", BatchNorm)
+        # First what JAX may refuse, where the layer is of another trace.
         layer.unbiased, layer.norm = False, None
+        object.__setattr__(layer, "__class__", BatchNorm)
     return tuple(layers)
 
 
@@ -294,7 +295,9 @@ def revert(model: Any) -> tuple[tuple[Any, ...], ...]:
                 "Fix: set them to flax's values first."
             )
     for layer in layers.values():
-        del layer.unbiased, layer.norm
+        for name in ("unbiased", "norm", "count"):
+            if hasattr(layer, name):
+                delattr(layer, name)
         object.__setattr__(layer, "__class__", nnx.BatchNorm)
     return tuple(layers)
 
