@@ -18,7 +18,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-MNIST = HERE.parent / "examples" / "results" / "mnist" / "metrics.csv"
+EXAMPLES = HERE.parent / "examples" / "results"
+MNIST = EXAMPLES / "mnist" / "metrics.csv"
 README = HERE.parent / "README.md"
 REGION = re.compile(r"<!-- table: ([\w-]+) -->\n(?:(?!<!-- table:).)*?<!-- end -->", re.DOTALL)
 OPENING = "<!-- table:"
@@ -156,6 +157,34 @@ def mnist() -> str:
     return markdown(rows)
 
 
+def cnn() -> str:
+    """From the runs of examples/train_cnn.py: with, without, and folded away."""
+    rows = []
+    for name in ("cnn-digits", "cnn-mnist", "cnn-cifar10"):
+        for needed in ("metrics.csv", "folded.csv"):
+            if not (EXAMPLES / name / needed).exists():
+                raise TableError(f"examples/results/{name}/{needed}: missing. Run train_cnn.py.")
+        with (EXAMPLES / name / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            last = {row["network"]: row for row in csv.DictReader(file)}
+        with (EXAMPLES / name / "folded.csv").open(newline="", encoding="utf-8") as file:
+            (folded,) = csv.DictReader(file)
+        difference = float(folded["difference"]) / float(folded["largest_logit"])
+        low, high = float(folded["time_low"]), float(folded["time_high"])
+        rows.append(
+            {
+                "data": folded["data"],
+                "training images": f"{int(folded['training_images']):,}",
+                "steps": last["bn"]["step"],
+                "test accuracy without": f"{float(last['no-bn']['test_accuracy']):.2%}",
+                "with": f"{float(last['bn']['test_accuracy']):.2%}",
+                "folded": f"{float(folded['folded_accuracy']):.2%}",
+                "largest difference / largest logit": f"{difference:.1e}",
+                "speed of folded": f"{float(folded['time_ratio']):.2f} ({low:.2f} to {high:.2f})",
+            }
+        )
+    return markdown(rows)
+
+
 def plain(name: str) -> Callable[[], str]:
     return lambda: _with_note(*read(name))
 
@@ -166,6 +195,7 @@ def _renamed(row: dict[str, str], old: str, new: str) -> dict[str, str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "cnn": cnn,
     "corrections": plain("corrections"),
     "derivatives": derivatives,
     "mnist": mnist,

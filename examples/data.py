@@ -2,6 +2,8 @@
 
     load("digits")               scikit-learn's bundled 8 x 8 digits, no download
     load("mnist", folder)        the four gzipped IDX files of MNIST in `folder`
+    load("cifar10", folder)      CIFAR-10's binary version: data_batch_1.bin to data_batch_5.bin,
+                                 of which some may be missing, and test_batch.bin
     load("openml:NAME", cache)   downloaded and cached by scikit-learn
 
 Features lie in [0, 1]: pixels are divided by their largest possible value,
@@ -24,7 +26,10 @@ from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
-MNIST_CLASSES = 10
+MNIST_CLASSES = CIFAR_CLASSES = 10
+CIFAR_SHAPE = 3, 32, 32  # channels first
+CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)  # the label comes first
+CIFAR_PARTS = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 
 
 class DataError(ValueError):
@@ -35,7 +40,8 @@ class Dataset(NamedTuple):
     """Training and test part of a classification problem.
 
     Images have shape [count, features] and dtype float32; labels have shape
-    [count], dtype int32, and lie in [0, classes).
+    [count], dtype int32, and lie in [0, classes). `shape` is that of one image,
+    (height, width, channels), or None where features are no pixels.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Dataset(NamedTuple):
     test_images: np.ndarray
     test_labels: np.ndarray
     classes: int
+    shape: tuple[int, int, int] | None = None
 
     def fingerprint(self) -> str:
         """SHA-256 over the contents, which tells whether two runs saw the same data."""
@@ -55,7 +62,7 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """Load a data set by its command-line name: digits, mnist or openml:NAME."""
+    """Load a data set by its command-line name: digits, mnist, cifar10 or openml:NAME."""
     if name == "digits":
         if data_dir is not None:
             raise DataError(
@@ -70,17 +77,25 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
                 "files. Add it, or use --data digits, which needs no files."
             )
         return _mnist(Path(data_dir))
+    if name == "cifar10":
+        if data_dir is None:
+            raise DataError(
+                "--data cifar10: needs --data-dir DIR, the folder with the files of CIFAR-10's "
+                "binary version. Add it, or use --data digits, which needs no files."
+            )
+        return _cifar10(Path(data_dir))
     if name.startswith("openml:") and name != "openml:":
         return _openml(name.removeprefix("openml:"), data_dir)
     raise DataError(
-        f"--data {name}: unknown data set. Use digits, mnist, or openml:NAME "
+        f"--data {name}: unknown data set. Use digits, mnist, cifar10, or openml:NAME "
         "(for example openml:mnist_784)."
     )
 
 
 def _digits() -> Dataset:
     images, labels = datasets.load_digits(return_X_y=True)
-    return _split("digits", (images / 16).astype(np.float32), labels.astype(np.int32))
+    dataset = _split("digits", (images / 16).astype(np.float32), labels.astype(np.int32))
+    return dataset._replace(shape=(8, 8, 1))
 
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
@@ -114,9 +129,15 @@ def _mnist(folder: Path) -> Dataset:
                 f"{_size(parts[0])}. Take all four files from the same data set."
             )
         parts += [images, labels]
-    scaled = [(x.reshape(len(x), -1) / np.float32(255)).astype(np.float32) for x in parts[::2]]
+    train_x, test_x = (_scaled(x) for x in parts[::2])
     train_y, test_y = (y.astype(np.int32) for y in parts[1::2])
-    return Dataset("MNIST", scaled[0], train_y, scaled[1], test_y, MNIST_CLASSES)
+    shape = (*parts[0].shape[1:], 1)
+    return Dataset("MNIST", train_x, train_y, test_x, test_y, MNIST_CLASSES, shape)
+
+
+def _scaled(pixels: np.ndarray) -> np.ndarray:
+    """Bytes as flat features in [0, 1]."""
+    return (pixels.reshape(len(pixels), -1) / np.float32(255)).astype(np.float32)
 
 
 def _size(images: np.ndarray) -> str:
@@ -169,6 +190,51 @@ def _gunzip(path: Path) -> bytes:
         raise DataError(
             f"{path}: cannot be read ({error.strerror or error}). Check --data-dir."
         ) from None
+
+
+def _cifar10(folder: Path) -> Dataset:
+    present = [folder / part for part in CIFAR_PARTS if (folder / part).exists()]
+    if not present:
+        raise DataError(
+            f"{folder / CIFAR_PARTS[0]}: no such file. Put the files of CIFAR-10's binary version "
+            "into one folder and name it with --data-dir."
+        )
+    parts = [_read_cifar(path) for path in present]
+    train_x, train_y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    test_x, test_y = _read_cifar(folder / "test_batch.bin")
+    name = "CIFAR-10"
+    if len(present) < len(CIFAR_PARTS):
+        name += f" ({len(present)} of {len(CIFAR_PARTS)} training files)"
+    shape = (*CIFAR_SHAPE[1:], CIFAR_SHAPE[0])
+    return Dataset(name, train_x, train_y, test_x, test_y, CIFAR_CLASSES, shape)
+
+
+def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of a file of records: a byte of label, then an image, red plane first."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file. It holds the test images of CIFAR-10's binary version; put it "
+            "into the folder that --data-dir names."
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}). Check --data-dir."
+        ) from None
+    if not raw or len(raw) % CIFAR_RECORD:
+        raise DataError(
+            f"{path}: must hold whole records of {CIFAR_RECORD} bytes, a label and an image, found "
+            f"{len(raw)} bytes. Unpack CIFAR-10's binary version again."
+        )
+    records = np.frombuffer(raw, np.uint8).reshape(-1, CIFAR_RECORD)
+    labels = records[:, 0].astype(np.int32)
+    if labels.max() >= CIFAR_CLASSES:
+        raise DataError(
+            f"{path}: labels must be 0 to 9, found {labels.max()}. Take the binary version of "
+            "CIFAR-10, not of CIFAR-100."
+        )
+    return _scaled(np.moveaxis(records[:, 1:].reshape(-1, *CIFAR_SHAPE), 1, -1)), labels
 
 
 def _openml(name: str, cache: Path | None) -> Dataset:

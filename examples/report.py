@@ -67,6 +67,23 @@ def table(rows: Rows, *, target: float, examples_per_second: dict[str, float]) -
     return result
 
 
+def folded_table(row: dict[str, Any]) -> Table:
+    """The folded network beside the unfolded one, from the row of folded.csv."""
+    result = Table(title="Batch normalization folded away", title_justify="left")
+    result.add_column("evaluation")
+    result.add_column("test accuracy", justify="right")
+    result.add_column("largest difference of logits", justify="right")
+    result.add_column("speed", justify="right")
+    result.add_row("unfolded", f"{row['accuracy']:.2%}", "", "1")
+    result.add_row(
+        "folded",
+        f"{row['folded_accuracy']:.2%}",
+        f"{row['difference']:.1e} of {row['largest_logit']:.3g}",
+        f"{row['time_ratio']:.2f} ({row['time_low']:.2f} to {row['time_high']:.2f})",
+    )
+    return result
+
+
 def curves(rows: Rows, *, title: str, target: float) -> bytes:
     """A PNG: test accuracy and training loss against steps."""
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -4,6 +4,7 @@
     checkpoints/    orbax checkpoints: all training states and all metrics so far
     metrics.csv     the metrics as a table, written anew after each checkpoint
     curves.png      their plot
+    folded.csv      the folded network beside the unfolded one (train_cnn.py)
 
 Every file is replaced atomically, and the checkpoint is the only thing that a
 resumed run reads, so the process may be killed at any moment.
@@ -37,24 +38,24 @@ class RunFolderError(ValueError):
     """The run folder cannot be used; the message says why and what to do."""
 
 
-def next_free() -> Path:
-    """runs/mlp-001, or the first number above those in use."""
-    return RUNS / f"mlp-{max(_numbered(), default=0) + 1:03d}"
+def next_free(name: str) -> Path:
+    """runs/NAME-001, or the first number above those in use."""
+    return RUNS / f"{name}-{max(_numbered(name), default=0) + 1:03d}"
 
 
-def newest() -> Path:
-    """The numbered run folder with the highest number."""
-    numbered = _numbered()
+def newest(name: str) -> Path:
+    """The numbered run folder of that name with the highest number."""
+    numbered = _numbered(name)
     if not numbered:
         raise RunFolderError(
-            f"--resume: there is no run in {RUNS}{os.sep} to continue. Leave --resume out to "
+            f"--resume: there is no run {RUNS / name}-NNN to continue. Leave --resume out to "
             "start one, or name a run folder with --run-dir."
         )
     return numbered[max(numbered)]
 
 
-def _numbered() -> dict[int, Path]:
-    found = {path.name.removeprefix("mlp-"): path for path in RUNS.glob("mlp-*")}
+def _numbered(name: str) -> dict[int, Path]:
+    found = {path.name.removeprefix(f"{name}-"): path for path in RUNS.glob(f"{name}-*")}
     return {int(number): path for number, path in found.items() if number.isdecimal()}
 
 
@@ -142,7 +143,7 @@ class RunFolder:
             )
             if not saved:
                 raise ValueError("orbax declined the checkpoint")
-            self.write_metrics(log["metrics"])
+            self.write_table(METRICS, log["metrics"])
         except Exception as error:  # a full disk reaches us as one of many kinds
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RunFolderError(
@@ -151,12 +152,13 @@ class RunFolder:
                 "--resume."
             ) from None
 
-    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+    def write_table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """A CSV file in the folder."""
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self.path / METRICS, table.getvalue().encode())
+        write_atomically(self.path / name, table.getvalue().encode())
 
     def _check_contents(self, resume: bool) -> None:
         """A run starts in an empty folder and resumes in a run's folder; nothing else goes."""

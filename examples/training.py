@@ -1,105 +1,32 @@
-"""The two networks of train_mlp.py, and the compiled programs that train them."""
+"""What trains any network: the order of the examples, the compiled programs, the metrics."""
 
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from data import Dataset
-from flax.training import train_state
-
-from bnjax.linen import BatchNorm
-
-ACTIVATIONS = {"sigmoid": nn.sigmoid, "tanh": nn.tanh, "relu": nn.relu, "gelu": nn.gelu}
+from options import Settings
 
 
-class MLP(nn.Module):
-    """Dense, BatchNorm (optional) and activation for each hidden size; then Dense.
+class Network(NamedTuple):
+    """A network to train: its state before training, and two pure functions of states.
 
-    The layer's bias would be removed again by the batch mean, so it is left out
-    where batch normalization follows.
+    `step(state, images, labels)` returns the next state and the batch's mean
+    loss; `logits(state, images)` are those of evaluation. `state.key` is the key
+    of the order of the examples.
     """
 
-    hidden: tuple[int, ...]
-    classes: int
-    activation: Callable[[jax.Array], jax.Array]
-    batch_norm: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(0.1))
-        for units in self.hidden:
-            x = dense(units, use_bias=not self.batch_norm)(x)
-            if self.batch_norm:
-                x = BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)(x)
-            x = self.activation(x)
-        return dense(self.classes)(x).astype(jnp.float32)
+    state: Any
+    step: Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
+    logits: Callable[[Any, jax.Array], jax.Array]
 
 
-class TrainState(train_state.TrainState):
-    """Flax's training state with running statistics and the key of the data order."""
-
-    batch_stats: Any
-    key: jax.Array
-
-
-def create_states(
-    settings: Any, dataset: Dataset, networks: dict[str, bool]
-) -> dict[str, TrainState]:
-    """States before training, by network name; `networks` says which have batch normalization.
-
-    All networks start with equal kernels, and share the order of the examples.
-    """
-    models = {
-        name: MLP(
-            settings.hidden,
-            dataset.classes,
-            ACTIVATIONS[settings.activation],
-            batch_norm,
-            jnp.dtype(settings.dtype),
-        )
-        for name, batch_norm in networks.items()
-    }
-    init_key, order_key = jax.random.split(jax.random.key(settings.seed))
-    images = dataset.train_images[:1]
-    # In one program, which draws and compiles the common kernels only once.
-    variables = jax.jit(
-        lambda key: {name: model.init(key, images, train=False) for name, model in models.items()}
-    )(init_key)
-    states = {
-        name: TrainState.create(  # type: ignore[no-untyped-call]
-            apply_fn=model.apply,
-            params=variables[name]["params"],
-            tx=optax.sgd(settings.learning_rate),
-            batch_stats=variables[name].get("batch_stats", {}),
-            key=jnp.copy(order_key),  # each state is donated, with all of its buffers
-        )
-        for name, model in models.items()
-    }
-    return {name: state.replace(step=jnp.zeros((), jnp.int32)) for name, state in states.items()}
-
-
-def train_step(
-    state: TrainState, images: jax.Array, labels: jax.Array
-) -> tuple[TrainState, jax.Array]:
-    """One step of SGD on one batch; returns the batch's mean cross-entropy as well."""
-
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, updates.get("batch_stats", state.batch_stats)
-
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state = state.apply_gradients(  # type: ignore[no-untyped-call]
-        grads=grads, batch_stats=batch_stats
-    )
-    return state, loss
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def batch_indices(
@@ -122,46 +49,45 @@ def batch_indices(
 
 
 def train_chunk(
-    state: TrainState,
+    state: Any,
     images: jax.Array,
     labels: jax.Array,
     epoch: jax.Array,
     offset: jax.Array,
     *,
+    network: Network,
     steps: int,
     batch_size: int,
-) -> tuple[TrainState, jax.Array]:
+) -> tuple[Any, jax.Array]:
     """Many training steps as one program; returns the mean of their losses as well."""
     batches = batch_indices(
         state.key, len(labels), epoch, offset, steps=steps, batch_size=batch_size
     )
 
-    def body(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
-        return train_step(state, images[batch], labels[batch])
+    def body(state: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
+        return network.step(state, images[batch], labels[batch])
 
     state, losses = jax.lax.scan(body, state, batches)
     return state, losses.mean()
 
 
 def evaluate(
-    state: TrainState, images: jax.Array, labels: jax.Array
+    state: Any, images: jax.Array, labels: jax.Array, *, network: Network
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy and number of right answers, with the running statistics."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = state.apply_fn(variables, images, train=False)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, (logits.argmax(-1) == labels).sum()
+    logits = network.logits(state, images)
+    return cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
 
 
 class Trainer:
-    """Both networks' states, the metrics so far, and the compiled programs that advance them."""
+    """All networks' states, the metrics so far, and the compiled programs that advance them."""
 
-    def __init__(self, settings: Any, dataset: Dataset) -> None:
+    def __init__(self, settings: Settings, dataset: Dataset, networks: dict[str, Network]) -> None:
         self.settings = settings
+        self.networks = networks
         self.train_data = jax.device_put((dataset.train_images, dataset.train_labels))
         self.test_data = jax.device_put((dataset.test_images, dataset.test_labels))
-        networks = {"bn": True, "no-bn": False} if settings.bn else {"no-bn": False}
-        self.states = create_states(settings, dataset, networks)
+        self.states = {name: network.state for name, network in networks.items()}
         self.log: dict[str, Any] = {
             "step": 0,
             "metrics": [],
@@ -175,10 +101,11 @@ class Trainer:
         steps = min(self.settings.eval_every, self.settings.steps - start)
         # Positions are counted in Python's integers, which do not overflow.
         epoch, offset = divmod(start * batch_size, len(self.train_data[1]))
-        for name, state in self.states.items():
+        for name, network in self.networks.items():
+            state = self.states[name]
             run = self._compiled(
                 (name, steps),
-                partial(train_chunk, steps=steps, batch_size=batch_size),
+                partial(train_chunk, network=network, steps=steps, batch_size=batch_size),
                 (state, *self.train_data, epoch, offset),
                 donate=True,
             )
@@ -186,7 +113,9 @@ class Trainer:
             state, train_loss = jax.block_until_ready(run(state, *self.train_data, epoch, offset))
             self.log["seconds"][name] += time.perf_counter() - began
             self.states[name] = state
-            test = self._compiled((name, "test"), evaluate, (state, *self.test_data))
+            test = self._compiled(
+                (name, "test"), partial(evaluate, network=network), (state, *self.test_data)
+            )
             test_loss, right = test(state, *self.test_data)
             self.log["metrics"].append(
                 {
@@ -208,12 +137,20 @@ class Trainer:
     ) -> Callable[..., Any]:
         """Compile ahead of the call, which keeps compilation out of the timings."""
         if name not in self._programs:
-            jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
-            # On a GPU, XLA may pick other kernels in the resumed process, and sums in any order.
-            options: dict[str, str | bool] = {
-                "xla_gpu_deterministic_ops": True,
-                "xla_gpu_autotune_level": "0",
-            }
-            is_gpu = jax.default_backend() == "gpu"
-            self._programs[name] = jitted.lower(*args).compile(options if is_gpu else None)
+            self._programs[name] = compiled(function, args, donate=donate)
         return self._programs[name]
+
+
+def compiled(
+    function: Callable[..., Any], args: tuple[Any, ...], donate: bool = False
+) -> Callable[..., Any]:
+    """The program for arguments like these; the first one's buffers may be given away."""
+    jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
+    # On a GPU, XLA may pick other kernels in the resumed process, and sums in any order.
+    options: dict[str, str | bool] = {
+        "xla_gpu_deterministic_ops": True,
+        "xla_gpu_autotune_level": "0",
+    }
+    is_gpu = jax.default_backend() == "gpu"
+    program: Callable[..., Any] = jitted.lower(*args).compile(options if is_gpu else None)
+    return program
