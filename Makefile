@@ -14,14 +14,17 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all test-torch lint format bench clean FORCE
+.PHONY: help train train-cnn test test-all test-torch lint format bench clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PYTHON=python3.13, VENV=DIR, ARGS="..." for the example or for pytest'
 
-train: $(READY) ## Train the example network, with ARGS="--steps 300 --help ..."
+train: $(READY) ## Train the MLP of the example, with ARGS="--steps 300 --help ..."
 	$(RUN) examples/train_mlp.py $(ARGS)
+
+train-cnn: $(READY) ## Train the CNN of the example, and fold it at the end
+	$(RUN) examples/train_cnn.py $(ARGS)
 
 test: $(READY) ## Run the tests
 	$(RUN) -m pytest -n auto -m "not slow" $(ARGS)

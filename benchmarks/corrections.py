@@ -23,8 +23,8 @@ import tables
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import data
-from train_mlp import Settings
-from training import TrainState, batch_indices, create_states, train_step
+from train_mlp import Settings, TrainState, create_states, train_step
+from training import batch_indices
 
 from bnjax import _moments
 from bnjax._reduce import Reduction
@@ -32,7 +32,7 @@ from bnjax._reduce import Reduction
 
 def condition(x: jax.Array, near: jax.Array) -> jax.Array:
     """offset**2 / var of each channel, as the first pass finds them."""
-    first = _moments._pass(Reduction((0,)), x, None, near)
+    _, first = _moments._pass(Reduction((0,)), x, None, near)
     return first.offset**2 / first.var
 
 

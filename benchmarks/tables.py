@@ -1,13 +1,14 @@
-"""The results as CSV files, and the tables of README.md from them.
+"""The results as CSV files, and the tables of both pages named README.md from them.
 
-    python benchmarks/tables.py            write README.md's tables anew
+    python benchmarks/tables.py            write the tables anew
     python benchmarks/tables.py --check    exit with status 1 if they differ
 
-README.md marks a table by the lines `<!-- table: NAME -->` and `<!-- end -->`.
+A page marks a table by the lines `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
 import csv
+import itertools
 import os
 import platform
 import re
@@ -19,8 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 EXAMPLES = HERE.parent / "examples" / "results"
-MNIST = EXAMPLES / "mnist" / "metrics.csv"
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
 REGION = re.compile(r"<!-- table: ([\w-]+) -->\n(?:(?!<!-- table:).)*?<!-- end -->", re.DOTALL)
 OPENING = "<!-- table:"
 
@@ -48,7 +48,7 @@ PEERS = (
 
 
 class TableError(ValueError):
-    """README.md or a CSV file cannot be used; the message says which and why."""
+    """A page or a CSV file cannot be used; the message says which and why."""
 
 
 def environment() -> str:
@@ -134,10 +134,7 @@ def peers() -> str:
 
 def mnist() -> str:
     """From the run of examples/train_mlp.py that made the README's picture."""
-    if not MNIST.exists():
-        raise TableError(f"examples/results/mnist/{MNIST.name}: missing. Train on MNIST.")
-    with MNIST.open(newline="", encoding="utf-8") as file:
-        metrics = list(csv.DictReader(file))
+    metrics = _example("mnist", "metrics.csv")
     rows = []
     for network, label in (("bn", "with"), ("no-bn", "without")):
         steps = {
@@ -160,29 +157,35 @@ def mnist() -> str:
 def cnn() -> str:
     """From the runs of examples/train_cnn.py: with, without, and folded away."""
     rows = []
-    for name in ("cnn-digits", "cnn-mnist", "cnn-cifar10"):
-        for needed in ("metrics.csv", "folded.csv"):
-            if not (EXAMPLES / name / needed).exists():
-                raise TableError(f"examples/results/{name}/{needed}: missing. Run train_cnn.py.")
-        with (EXAMPLES / name / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            last = {row["network"]: row for row in csv.DictReader(file)}
-        with (EXAMPLES / name / "folded.csv").open(newline="", encoding="utf-8") as file:
-            (folded,) = csv.DictReader(file)
+    # The folders are named by data and learning rate.
+    for name in itertools.product(("digits", "mnist", "cifar10"), ("0.02", "0.1")):
+        folder = "-".join(("cnn", *name))
+        last = {row["network"]: row for row in _example(folder, "metrics.csv")}
+        (folded,) = _example(folder, "folded.csv")
         difference = float(folded["difference"]) / float(folded["largest_logit"])
-        low, high = float(folded["time_low"]), float(folded["time_high"])
         rows.append(
             {
                 "data": folded["data"],
                 "training images": f"{int(folded['training_images']):,}",
                 "steps": last["bn"]["step"],
+                "learning rate": name[1],
                 "test accuracy without": f"{float(last['no-bn']['test_accuracy']):.2%}",
                 "with": f"{float(last['bn']['test_accuracy']):.2%}",
                 "folded": f"{float(folded['folded_accuracy']):.2%}",
                 "largest difference / largest logit": f"{difference:.1e}",
-                "speed of folded": f"{float(folded['time_ratio']):.2f} ({low:.2f} to {high:.2f})",
+                "time unfolded / folded": f"{float(folded['time_ratio']):.2f}",
             }
         )
     return markdown(rows)
+
+
+def _example(folder: str, name: str) -> Rows:
+    """A table of a run of an example."""
+    path = EXAMPLES / folder / name
+    if not path.exists():
+        raise TableError(f"examples/results/{folder}/{name}: missing. Run the example.")
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def plain(name: str) -> Callable[[], str]:
@@ -204,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-all": plain("peers"),
     "speed": speed,
     "speed-all": plain("speed"),
+    "tracing": plain("tracing"),
     "variance": plain("variance"),
 }
 
@@ -226,21 +230,23 @@ def injected(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, compare only")
-    parser.add_argument("--readme", type=Path, default=README, help="another file than README.md")
+    parser.add_argument("--page", type=Path, action="append", help="instead of both pages")
     arguments = parser.parse_args()
-    try:
-        old = arguments.readme.read_text(encoding="utf-8")
-        new = injected(old)
-    except (OSError, TableError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    if arguments.check and new != old:
-        print(f"{arguments.readme.name} differs: run benchmarks/tables.py.", file=sys.stderr)
-        return 1
-    if not arguments.check:
-        arguments.readme.write_text(new, encoding="utf-8")
-    print(f"{arguments.readme.name}: {old.count(OPENING)} tables")
-    return 0
+    differ = False
+    for page in arguments.page or PAGES:
+        try:
+            old = page.read_text(encoding="utf-8")
+            new = injected(old)
+        except (OSError, TableError) as error:
+            print(f"Error: {page}: {error}", file=sys.stderr)
+            return 2
+        if not arguments.check:
+            page.write_text(new, encoding="utf-8")
+        elif new != old:
+            differ = True
+            print(f"{page} differs: run benchmarks/tables.py.", file=sys.stderr)
+        print(f"{page}: {old.count(OPENING)} tables")
+    return int(differ)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ def choose_norm(norm: Norm | None, **options: Any) -> Norm:
     return norm
 
 
+def check_param_dtype(dtype: Any) -> None:
+    """Parameters are real: flax would make complex ones, which promote the output."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        _checks.float_dtype("param_dtype", dtype)
+
+
 def initial(
     shape: tuple[int, ...], dtype: Any, *, counted: bool
 ) -> dict[str, Callable[[], jax.Array]]:

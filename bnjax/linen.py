@@ -166,6 +166,7 @@ def _call(layer: Any, norm: Norm, x: Any, use_running_average: Any, mask: Any) -
         "use_running_average",
         nn.merge_param("use_running_average", layer.use_running_average, use_running_average),
     )
+    _modules.check_param_dtype(layer.param_dtype)
     x = jnp.asarray(x)
     shape = tuple(x.shape[a] for a in _checks.feature_axes(layer.axis, x.shape))
     statistics = _statistics(layer, shape, norm, inference)

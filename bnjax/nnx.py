@@ -98,6 +98,7 @@ class BatchNorm(nnx.Module):
     ) -> None:
         """A layer as the class describes it."""
         shape = _checks.features(num_features, "num_features", "BatchNorm")
+        _modules.check_param_dtype(param_dtype)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis

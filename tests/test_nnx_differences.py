@@ -209,6 +209,8 @@ def test_difference_complex_input():
         assert make(nnx.BatchNorm)(x).dtype == jnp.complex64
     with pytest.raises(TypeError, match="`x` must have a real floating dtype, got complex64"):
         make(BatchNorm)(x)
+    with pytest.raises(TypeError, match="`param_dtype` must be a floating dtype, got complex64"):
+        make(BatchNorm, param_dtype=jnp.complex64)
 
 
 def test_difference_metadata_of_statistics():
