@@ -1,0 +1,153 @@
+"""What folding reads off layers of linen and nnx, by the attributes that both have."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bnjax import _checks, _fold_arrays, _fold_layout
+from bnjax._fold_layout import Affine, Layout
+from bnjax._functional import BNParams, BNState, Norm
+
+Kind = Literal["dense", "conv", "transposed"]
+
+
+class Layer(NamedTuple):
+    """Geometry of a Dense or convolution, and the mask of its kernel."""
+
+    layout: Layout
+    mask: Any = None
+
+
+def layer(module: Any, kind: Kind) -> Layer:
+    """The geometry of a layer."""
+    if kind == "dense":
+        return Layer(Layout())
+    if kind == "conv":
+        layout = Layout(
+            groups=module.feature_group_count,
+            padding=module.padding,
+            input_dilation=module.input_dilation,
+        )
+        return Layer(layout, module.mask)
+    axes = (-2, -1) if module.transpose_kernel else (-1, -2)
+    dilation = 1 if module.strides is None else module.strides
+    return Layer(Layout(*axes, 1, module.padding, dilation, True), module.mask)
+
+
+def layer_refusal(module: Any, path: str) -> str | None:
+    """Layers that may compute something else than a product with their kernel."""
+    plain = (None, lax.dot_general, lax.conv_general_dilated)
+    for name in ("dot_general", "dot_general_cls", "conv_general_dilated"):
+        if not any(getattr(module, name, None) is value for value in plain):
+            return f"{path} has a `{name}` of its own"
+    if getattr(module, "conv_general_dilated_cls", None) is not None:
+        return f"{path} has a `conv_general_dilated_cls` of its own"
+    return None
+
+
+def norm_refusal(module: Any, path: str, shape: tuple[int, ...], mask: Any) -> str | None:
+    """Calls of a normalization that are no map of the last axis."""
+    if mask is not None:
+        return f"{path} is called with a mask"
+    axes = _checks.feature_axes(module.axis, shape)
+    if axes != (len(shape) - 1,):
+        return f"{path} has the feature axes {axes} of an input of shape {shape}, not the last"
+    return None
+
+
+def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The input of a layer's call apart from the other arguments."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    named = dict(kwargs)
+    return named.pop("x" if "x" in named else "inputs"), (), named
+
+
+def require_inference(
+    module: Any, name: str, rest: Any, named: Mapping[str, Any], fix: str
+) -> None:
+    """Folding is for evaluation, decided while tracing; arguments are those after the input."""
+    flag = rest[0] if rest else named.get("use_running_average")
+    flag = module.use_running_average if flag is None else flag
+    if not isinstance(flag, (bool, np.bool_)) or not flag:
+        raise ValueError(
+            f"{name} must be called with use_running_average=True where it is folded, got "
+            f"{flag!r}. Fix: {fix}."
+        )
+
+
+def norm_affine(module: Any, variables: Mapping[str, Any]) -> Affine | str:
+    """The map of a layer, from its variables by name; or why there is none."""
+    params = BNParams(variables.get("scale"), variables.get("bias"))
+    mean = jnp.asarray(variables["mean"])
+    count = variables.get("count", jnp.zeros(mean.shape, jnp.int32))
+    state = BNState(mean, jnp.asarray(variables["var"]), count)
+    norm = getattr(module, "norm", None)
+    try:
+        if norm is None:
+            return _fold_arrays.affine(params, state, epsilon=module.epsilon)
+        return _probe(norm, params, state)
+    except ValueError as error:
+        return str(error)
+
+
+def _probe(norm: Norm, params: BNParams, state: BNState) -> Affine:
+    """The map of any `Norm`, whose epsilon only its function knows, in float64."""
+    with jax.enable_x64(True):
+
+        def wide(v: Any) -> jax.Array:
+            floating = jnp.issubdtype(v.dtype, jnp.floating)
+            return jnp.asarray(np.asarray(v), jnp.float64 if floating else v.dtype)
+
+        params, state = jax.tree.map(wide, (params, state))
+
+        def evaluate(x: jax.Array) -> jax.Array:
+            return norm.apply(params, state, x[None], False)[0][0]
+
+        zero = jnp.zeros(state.mean.shape)
+        shift, scale = jax.jvp(evaluate, (zero,), (zero + 1,))
+        # A map that mixes channels or bends fails at a point in general position.
+        point = np.random.default_rng(0).normal(size=zero.shape)
+        expected = np.asarray(scale) * point + np.asarray(shift)
+        got = np.asarray(evaluate(jnp.asarray(point)))
+    if not np.all(np.abs(got - expected) <= 1e-4 * (1 + np.abs(expected))):
+        raise ValueError("its `norm` is not one finite scale and shift per channel at inference")
+    return Affine(np.asarray(scale, np.float64), np.asarray(shift, np.float64))
+
+
+def fold_parameters(
+    path: str,
+    described: Layer,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    affines: list[tuple[Affine, bool]],
+) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias with normalizations folded in, rounded once; True: the norm is before."""
+    try:
+        return _fold_parameters(described, kernel, bias, affines)
+    except ValueError as error:
+        raise ValueError(f"folding into {path!r}: {error}") from error
+
+
+def _fold_parameters(
+    described: Layer, kernel: Any, bias: Any, affines: list[tuple[Affine, bool]]
+) -> tuple[jax.Array, jax.Array]:
+    kernel, bias, layout = _fold_layout.check(kernel, bias, described.layout)
+    wide, wide_bias = _fold_arrays.widened(kernel, bias)
+    for a, before in affines:
+        _fold_layout.check_affine(a, "input" if before else "output", kernel.shape, layout)
+        if not before:
+            wide, wide_bias = _fold_arrays.previous(wide, wide_bias, a, layout)
+            continue
+        # The layer masks its kernel itself; the new bias must see what the layer sees.
+        seen = wide if described.mask is None else wide * np.asarray(described.mask)
+        wide_bias = _fold_arrays.following(a, seen, wide_bias, layout)[1]
+        wide = _fold_arrays.following(a, wide, None, layout)[0]
+    like = kernel if bias is None else bias
+    return _fold_arrays.stored("kernel", wide, kernel), _fold_arrays.stored(
+        "bias", wide_bias, bias, like
+    )
