@@ -8,12 +8,12 @@ framework's layout; `linen` and `nnx` on models, and import Flax when called.
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from bnjax._fold_arrays import affine, into_next, into_previous
-from bnjax._fold_layout import Affine
+from bnjax._fold.kernels import affine, into_next, into_previous
+from bnjax._fold.layouts import Affine
 
 if TYPE_CHECKING:
-    from bnjax._fold_linen import LinenFold
-    from bnjax._fold_nnx import NNXFold
+    from bnjax._fold.linen import LinenFold
+    from bnjax._fold.nnx import NNXFold
 
 __all__ = ["Affine", "affine", "into_next", "into_previous", "linen", "nnx"]
 
@@ -77,9 +77,9 @@ def linen(
 
     Source: Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
     """
-    from bnjax import _fold_linen
+    from bnjax._fold import linen as of_linen
 
-    return _fold_linen.fold(model, variables, args, kwargs, pairs)
+    return of_linen.fold(model, variables, args, kwargs, pairs)
 
 
 def nnx(model: Any, *args: Any, pairs: _Pairs | None = None, **kwargs: Any) -> "NNXFold":
@@ -118,6 +118,6 @@ def nnx(model: Any, *args: Any, pairs: _Pairs | None = None, **kwargs: Any) -> "
 
     Source: Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
     """
-    from bnjax import _fold_nnx
+    from bnjax._fold import nnx as of_nnx
 
-    return _fold_nnx.fold(model, args, kwargs, pairs)
+    return of_nnx.fold(model, args, kwargs, pairs)

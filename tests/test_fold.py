@@ -15,7 +15,7 @@ from fold_layers import EXACT, LAYERS, Case, normalize, statistics
 
 import bnjax
 from bnjax import fold
-from bnjax._fold_layout import Layout, borders
+from bnjax._fold.layouts import Layout, borders
 
 
 def assert_as_good(case, actual, expected, channels=1.0):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax import _fold_models, _fold_plan
+from bnjax._fold import models, planning
 from bnjax.linen import BatchNorm
 
 _NORMS = (BatchNorm, nn.BatchNorm)
-_LAYERS: dict[Any, _fold_models.Kind] = {
+_LAYERS: dict[Any, models.Kind] = {
     nn.Dense: "dense",
     nn.Conv: "conv",
     nn.ConvTranspose: "transposed",
@@ -49,18 +49,18 @@ def fold(
     variables: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    pairs: _fold_plan.Pairs | None,
+    pairs: planning.Pairs | None,
 ) -> LinenFold:
     """See `bnjax.fold.linen`."""
     found = _trace(model, variables, args, kwargs)
-    folds, kept = _fold_plan.plan(found, pairs)
+    folds, kept = planning.plan(found, pairs)
     flat = flatten_dict(variables, keep_empty_nodes=True)
     biases = set()
-    for path, (layer, affines) in _fold_plan.by_layer(found, folds).items():
+    for path, (layer, affines) in planning.by_layer(found, folds).items():
         keys = [("params", *path.split("/"), name) for name in ("kernel", "bias")]
         old = [flat.get(key) for key in keys]
         kernel, bias = map(_array, old)
-        new = _fold_models.fold_parameters(path, layer, kernel, bias, affines)
+        new = models.fold_parameters(path, layer, kernel, bias, affines)
         flat.update((key, _replaced(o, n)) for key, o, n in zip(keys, old, new, strict=True))
         if old[1] is None:
             biases.add(path)
@@ -86,8 +86,8 @@ def _replaced(box: Any, value: jax.Array) -> Any:
 
 def _trace(
     model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _fold_plan.Model:
-    recorder = _fold_plan.Recorder()
+) -> planning.Model:
+    recorder = planning.Recorder()
     norms: dict[str, nn.Module] = {}
 
     def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -95,15 +95,15 @@ def _trace(
         if kind is None:
             return run(*args, **kwargs)
         path = "/".join(module.path)
-        x, rest, named = _fold_models.split(args, kwargs)
+        x, rest, named = models.split(args, kwargs)
         if kind == "norm":
             norms[path] = module
             plain = any(type(module).__call__ is cls.__call__ for cls in _NORMS)
-            call = _fold_plan.norm_call(module, path, x, rest, named, plain, _FIX)
+            call = planning.norm_call(module, path, x, rest, named, plain, _FIX)
             names = [("batch_stats", n) for n in ("mean", "var", "count")]
             names += [("params", n) for n in ("scale", "bias")]
         else:
-            call = _fold_plan.layer_call(module, path, kind)
+            call = planning.layer_call(module, path, kind)
             names = [("params", n) for n in ("kernel", "bias")]
         parameters = {
             name: nn.meta.unbox(module.get_variable(collection, name))
@@ -116,7 +116,7 @@ def _trace(
         with nn.intercept_methods(intercept):
             return model.apply(variables, *args, **kwargs)
 
-    flow, ids = _fold_plan.trace(evaluate, variables, args, kwargs)
+    flow, ids = planning.trace(evaluate, variables, args, kwargs)
     stored, values = {}, {}
     numbered = flatten_dict(ids)
     for keys, box in flatten_dict(variables).items():
@@ -125,13 +125,13 @@ def _trace(
             values[key] = _array(box)
             stored[key] = _array(numbered[keys]), values[key].shape
     affines = {
-        path: _fold_models.norm_affine(module, {n: v for (p, n), v in values.items() if p == path})
+        path: models.norm_affine(module, {n: v for (p, n), v in values.items() if p == path})
         for path, module in norms.items()
     }
-    return _fold_plan.Model(flow, recorder.calls, stored, affines)
+    return planning.Model(flow, recorder.calls, stored, affines)
 
 
-def _kind(context: Any) -> _fold_models.Kind | Literal["norm"] | None:
+def _kind(context: Any) -> models.Kind | Literal["norm"] | None:
     """Norm, or the kind of a layer whose call is flax's own; None for anything else."""
     if context.method_name != "__call__":
         return None
@@ -175,8 +175,8 @@ def _apply(model: nn.Module, sites: _Sites) -> Callable[..., Any]:
 
 def _pass(module: Any, path: str, dtype: Any, args: Any, kwargs: dict[str, Any]) -> jax.Array:
     """A normalization that is folded: its input, in the dtype that its output had."""
-    x, rest, named = _fold_models.split(args, kwargs)
-    _fold_models.require_inference(module, repr(path), rest, named, _FIX)
+    x, rest, named = models.split(args, kwargs)
+    models.require_inference(module, repr(path), rest, named, _FIX)
     if named.get("mask") is not None:
         raise ValueError(f"{path!r} is folded, and takes no mask.")
     return jnp.asarray(x).astype(dtype)

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bnjax import _fold_models, _fold_plan
+from bnjax._fold import models, planning
 from bnjax.nnx import BatchNorm
 
 _NORMS = (BatchNorm, nnx.BatchNorm)
-_LAYERS: dict[Any, _fold_models.Kind] = {
+_LAYERS: dict[Any, models.Kind] = {
     nnx.Linear: "dense",
     nnx.Conv: "conv",
     nnx.ConvTranspose: "transposed",
 }
-_Kind = _fold_models.Kind | Literal["norm"]
+_Kind = models.Kind | Literal["norm"]
 _FIX = "model.eval()"
 
 
@@ -45,7 +45,7 @@ class Folded(nnx.Module):
     ) -> jax.Array:
         """`x`; raises ValueError in training and with a mask."""
         rest, named = (use_running_average,), {"mask": mask}
-        _fold_models.require_inference(self, "a folded BatchNorm", rest, named, _FIX)
+        models.require_inference(self, "a folded BatchNorm", rest, named, _FIX)
         if mask is not None:
             raise ValueError("a BatchNorm that is folded takes no mask.")
         return jnp.asarray(x).astype(self.dtype)
@@ -57,19 +57,19 @@ class Folded(nnx.Module):
 
 
 def fold(
-    model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: _fold_plan.Pairs | None
+    model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: planning.Pairs | None
 ) -> NNXFold:
     """See `bnjax.fold.nnx`."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"`model` must be an nnx.Module, got {type(model).__name__}.")
     found = _trace(model, args, kwargs)
-    folds, kept = _fold_plan.plan(found, pairs)
+    folds, kept = planning.plan(found, pairs)
     copy = nnx.clone(model)
     modules = _modules(copy)
-    for path, (described, affines) in _fold_plan.by_layer(found, folds).items():
+    for path, (described, affines) in planning.by_layer(found, folds).items():
         layer: Any = modules[path]
         values = _values(layer)
-        kernel, bias = _fold_models.fold_parameters(
+        kernel, bias = models.fold_parameters(
             path, described, values["kernel"], values.get("bias"), affines
         )
         layer.kernel[...] = kernel
@@ -90,8 +90,8 @@ def _become(module: nnx.Module, other: nnx.Module) -> None:
     object.__setattr__(module, "__class__", type(other))
 
 
-def _trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _fold_plan.Model:
-    recorder, copy = _fold_plan.Recorder(), nnx.clone(model)
+def _trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> planning.Model:
+    recorder, copy = planning.Recorder(), nnx.clone(model)
     modules = _modules(copy)
     for path, module in modules.items():
         kind = _kind(module)
@@ -106,7 +106,7 @@ def _trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         # What the model has sown is an output, too.
         return y, nnx.state(merged, nnx.Intermediate)
 
-    flow, ids = _fold_plan.trace(evaluate, state, args, kwargs)
+    flow, ids = planning.trace(evaluate, state, args, kwargs)
     flat = zip(nnx.to_flat_state(state), nnx.to_flat_state(ids), strict=True)
     stored = {
         ("/".join(map(str, path[:-1])), str(path[-1])): (jax.tree.leaves(number)[0], value.shape)
@@ -114,22 +114,22 @@ def _trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for value in jax.tree.leaves(variable)[:1]
     }
     affines = {
-        path: _fold_models.norm_affine(modules[path], _values(modules[path]))
+        path: models.norm_affine(modules[path], _values(modules[path]))
         for path in dict.fromkeys(call.path for call in recorder.calls if call.layer is None)
     }
-    return _fold_plan.Model(flow, recorder.calls, stored, affines)
+    return planning.Model(flow, recorder.calls, stored, affines)
 
 
-def _marked(cls: Any, kind: _Kind, path: str, recorder: _fold_plan.Recorder) -> type:
+def _marked(cls: Any, kind: _Kind, path: str, recorder: planning.Recorder) -> type:
     """A class like `cls` whose calls are recorded."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x, rest, named = _fold_models.split(args, kwargs)
+        x, rest, named = models.split(args, kwargs)
         if kind == "norm":
             plain = any(cls.__call__ is norm.__call__ for norm in _NORMS)
-            seen = _fold_plan.norm_call(self, path, x, rest, named, plain, _FIX)
+            seen = planning.norm_call(self, path, x, rest, named, plain, _FIX)
         else:
-            seen = _fold_plan.layer_call(self, path, kind)
+            seen = planning.layer_call(self, path, kind)
         return recorder.run(seen, _values(self), lambda x: cls.__call__(self, x, *rest, **named), x)
 
     return type(cls.__name__, (cls,), {"__call__": call})

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import _checks, _fold_layout
-from bnjax._fold_layout import Affine, Layout
+from bnjax import _checks
+from bnjax._fold import layouts
+from bnjax._fold.layouts import Affine, Layout
 from bnjax._functional import BNParams, BNState
 
 
@@ -121,8 +122,8 @@ def into_previous(
     Source: Jacob et al. (2018), https://arxiv.org/abs/1712.05877, section 3.2.
     """
     layout = Layout(output_axis, input_axis, groups, transposed=transposed)
-    kernel, bias, layout = _fold_layout.check(kernel, bias, layout)
-    _fold_layout.check_affine(affine, "output", kernel.shape, layout)
+    kernel, bias, layout = layouts.check(kernel, bias, layout)
+    layouts.check_affine(affine, "output", kernel.shape, layout)
     wide, wide_bias, scale, shift = widened(kernel, bias, *affine)
     new, new_bias = previous(wide, wide_bias, Affine(scale, shift), layout)
     return stored("kernel", new, kernel), stored(
@@ -185,9 +186,9 @@ def into_next(
     Source: linearity of the convolution.
     """
     layout = Layout(output_axis, input_axis, groups, padding, input_dilation, transposed)
-    kernel, bias, layout = _fold_layout.check(kernel, bias, layout)
-    _fold_layout.check_affine(affine, "input", kernel.shape, layout)
-    why = _fold_layout.borders(layout, kernel.shape, affine)
+    kernel, bias, layout = layouts.check(kernel, bias, layout)
+    layouts.check_affine(affine, "input", kernel.shape, layout)
+    why = layouts.borders(layout, kernel.shape, affine)
     if why is not None:
         raise ValueError(
             f"the shift of a normalization cannot be folded into this convolution: {why}. Fix: "
@@ -202,13 +203,13 @@ def into_next(
 
 def previous(kernel: Any, bias: Any, a: Affine, layout: Layout) -> tuple[Any, Any]:
     """`into_previous` on widened arrays."""
-    factor = _fold_layout.along(a.scale, kernel.shape, layout, "output")
+    factor = layouts.along(a.scale, kernel.shape, layout, "output")
     return kernel * factor, a.shift if bias is None else bias * a.scale + a.shift
 
 
 def following(a: Affine, kernel: Any, bias: Any, layout: Layout) -> tuple[Any, Any]:
     """`into_next` on widened arrays."""
-    scale, shift = (_fold_layout.along(v, kernel.shape, layout, "input") for v in a)
+    scale, shift = (layouts.along(v, kernel.shape, layout, "input") for v in a)
     xp = np if isinstance(kernel, np.ndarray) else jnp
     sums = xp.moveaxis(kernel * shift, (layout.input_axis, layout.output_axis), (-2, -1))
     sums = sums.reshape(-1, *sums.shape[-2:]).sum(0)

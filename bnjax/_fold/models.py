@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax import _checks, _fold_arrays, _fold_layout
-from bnjax._fold_layout import Affine, Layout
+from bnjax import _checks
+from bnjax._fold import kernels, layouts
+from bnjax._fold.layouts import Affine, Layout
 from bnjax._functional import BNParams, BNState, Norm
 
 Kind = Literal["dense", "conv", "transposed"]
@@ -89,7 +90,7 @@ def norm_affine(module: Any, variables: Mapping[str, Any]) -> Affine | str:
     norm = getattr(module, "norm", None)
     try:
         if norm is None:
-            return _fold_arrays.affine(params, state, epsilon=module.epsilon)
+            return kernels.affine(params, state, epsilon=module.epsilon)
         return _probe(norm, params, state)
     except ValueError as error:
         return str(error)
@@ -136,18 +137,16 @@ def fold_parameters(
 def _fold_parameters(
     described: Layer, kernel: Any, bias: Any, affines: list[tuple[Affine, bool]]
 ) -> tuple[jax.Array, jax.Array]:
-    kernel, bias, layout = _fold_layout.check(kernel, bias, described.layout)
-    wide, wide_bias = _fold_arrays.widened(kernel, bias)
+    kernel, bias, layout = layouts.check(kernel, bias, described.layout)
+    wide, wide_bias = kernels.widened(kernel, bias)
     for a, before in affines:
-        _fold_layout.check_affine(a, "input" if before else "output", kernel.shape, layout)
+        layouts.check_affine(a, "input" if before else "output", kernel.shape, layout)
         if not before:
-            wide, wide_bias = _fold_arrays.previous(wide, wide_bias, a, layout)
+            wide, wide_bias = kernels.previous(wide, wide_bias, a, layout)
             continue
         # The layer masks its kernel itself; the new bias must see what the layer sees.
         seen = wide if described.mask is None else wide * np.asarray(described.mask)
-        wide_bias = _fold_arrays.following(a, seen, wide_bias, layout)[1]
-        wide = _fold_arrays.following(a, wide, None, layout)[0]
+        wide_bias = kernels.following(a, seen, wide_bias, layout)[1]
+        wide = kernels.following(a, wide, None, layout)[0]
     like = kernel if bias is None else bias
-    return _fold_arrays.stored("kernel", wide, kernel), _fold_arrays.stored(
-        "bias", wide_bias, bias, like
-    )
+    return kernels.stored("kernel", wide, kernel), kernels.stored("bias", wide_bias, bias, like)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bnjax import _checks, _fold_layout, _fold_models
-from bnjax._fold_flow import Flow, Mark, mark
-from bnjax._fold_layout import Affine
-from bnjax._fold_models import Layer
+from bnjax import _checks
+from bnjax._fold import layouts, models
+from bnjax._fold.flow import Flow, Mark, mark
+from bnjax._fold.layouts import Affine
+from bnjax._fold.models import Layer
 
 Pairs = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -34,9 +35,9 @@ class Call:
     dtype: Any = None
 
 
-def layer_call(module: Any, path: str, kind: _fold_models.Kind) -> Call:
+def layer_call(module: Any, path: str, kind: models.Kind) -> Call:
     """A call of a Dense or convolution."""
-    return Call(path, _fold_models.layer(module, kind), _fold_models.layer_refusal(module, path))
+    return Call(path, models.layer(module, kind), models.layer_refusal(module, path))
 
 
 def norm_call(
@@ -45,8 +46,8 @@ def norm_call(
     """A call of a normalization, which must be evaluation; plain: as its library wrote it."""
     if not plain:
         return Call(path, None, f"{path} is a {type(module).__name__} with a call of its own")
-    _fold_models.require_inference(module, repr(path), rest, named, fix)
-    return Call(path, None, _fold_models.norm_refusal(module, path, np.shape(x), named.get("mask")))
+    models.require_inference(module, repr(path), rest, named, fix)
+    return Call(path, None, models.norm_refusal(module, path, np.shape(x), named.get("mask")))
 
 
 class Recorder:
@@ -212,7 +213,7 @@ def _refusal(model: Model, fold: Fold) -> str | None:
     assert call.layer is not None and isinstance(a, Affine)
     if not _checks.is_concrete(call.layer.mask):
         return f"the mask of {layer} is computed in the model"
-    return _fold_layout.borders(call.layer.layout, call.shapes["kernel"], a)
+    return layouts.borders(call.layer.layout, call.shapes["kernel"], a)
 
 
 def _own(model: Model, path: str) -> str | None:

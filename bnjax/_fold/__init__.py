@@ -1,0 +1,1 @@
+"""Folding: arrays, data flow, plan, models; `bnjax.fold` is the public face."""
