@@ -15,6 +15,7 @@ import bnjax
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "benchmarks" / "README.md")
 NO_RUN = "<!-- no-run -->"
 FENCE = re.compile(r"(?ms)^( *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^\1```[ ]*$")
 LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
@@ -94,8 +95,14 @@ def test_every_public_name_occurs(name):
     assert re.search(rf"(?<![\w.]){name}\b|\bbnjax\.{name}\b", README.read_text())
 
 
-def test_links():
-    assert not broken(README.read_text(), ROOT)
+@pytest.mark.parametrize("module", ["fold", "interop", "linen", "nnx", "optim"])
+def test_every_module_occurs(module):
+    assert f"bnjax.{module}" in README.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["README", "benchmarks"])
+def test_links(page):
+    assert not broken(page.read_text(), page.parent)
 
 
 def test_length():
