@@ -307,7 +307,7 @@ LOST = pytest.mark.xfail(
 )
 
 
-MODES = {
+SECOND_ORDER = {
     "forward over reverse": lambda f, x: jax.jvp(jax.grad(f), (x,), (x,))[1],
     "reverse over reverse": lambda f, x: jax.vjp(jax.grad(f), x)[1](x)[0],
 }
@@ -329,5 +329,5 @@ def test_second_order_through_a_scan_over_layers(mode):
     def unrolled(x):
         return jnp.sum(layer(layer(x, None)[0], None)[0] ** 3)
 
-    found, expected = (MODES[mode](f, x) for f in (scanned, unrolled))
+    found, expected = (SECOND_ORDER[mode](f, x) for f in (scanned, unrolled))
     assert tolerances.error(found, expected) < tolerances.values(np.float32, 16)

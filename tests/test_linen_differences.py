@@ -6,39 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beside_flax import KEY, LINEN, SHAPE, X, close
+from beside_flax import run_linen as run
 from flax import linen as nn
-from tolerances import assert_close, error
+from tolerances import error
 
 from bnjax import linen
 
-RNG = np.random.default_rng(0)
-SHAPE = (6, 5, 4)
-X = RNG.normal(RNG.normal(size=SHAPE[1:]), 2, SHAPE).astype(np.float32)
-MASK = RNG.random((6, 5, 1)) < 0.7
-KEY = jax.random.key(0)
-BOTH = (linen.BatchNorm, nn.BatchNorm)
-# Two correct implementations are each within the bound of the truth.
-close = functools.partial(assert_close, dtype=np.float32, n=1000)
-
-
-def run(module, x=X, train=True, mask=None, **fields):
-    """(variables, y, gradients, updates) of a step with new variables."""
-    layer = module(use_running_average=not train, **fields)
-
-    @jax.jit
-    def step(x):
-        variables = layer.init(KEY, x)
-
-        def loss(params, x):
-            given = {**variables, "params": params}
-            y, new = layer.apply(given, x, mask=mask, mutable=["batch_stats"])
-            return jnp.sum(jnp.sin(y).astype(jnp.float32)), (y, new)
-
-        argnums = (0, 1) if jnp.issubdtype(x.dtype, jnp.floating) else 0
-        grads, (y, new) = jax.grad(loss, argnums, has_aux=True)(variables.get("params", {}), x)
-        return variables, y, grads, new
-
-    return step(x)
+RNG = np.random.default_rng(1)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -47,7 +22,7 @@ def test_difference_variance_is_accurate(fast):
     x = (RNG.normal(0, 1, (4096, 1)) + 1e3).astype(np.float32)
     truth = x.var(0, dtype=np.float64)
     ours, theirs = (
-        run(m, x, momentum=0.0, use_fast_variance=fast)[3]["batch_stats"]["var"] for m in BOTH
+        run(m, x, momentum=0.0, use_fast_variance=fast)[3]["batch_stats"]["var"] for m in LINEN
     )
     assert error(ours, truth) < 3e-5
     assert (error(theirs, truth) > 1e-3) == fast
@@ -59,7 +34,7 @@ def test_difference_masked_devices_are_merged_by_count():
     mask[0, :, 1:] = False
     whole = run(linen.BatchNorm, mask=mask.reshape(6, 5, 1))[1]
     found = []
-    for module in BOTH:
+    for module in LINEN:
         layer = module(use_running_average=False, axis_name="i")
         variables = layer.init(KEY, X)
         apply = functools.partial(layer.apply, variables, mutable=["batch_stats"])
@@ -73,7 +48,7 @@ def test_difference_bad_batch_does_not_poison():
     """(c) In flax one NaN is in the running statistics for ever."""
     x = X.copy()
     x[0, 0, 1] = np.nan
-    ours, theirs = (run(m, x)[3]["batch_stats"] for m in BOTH)
+    ours, theirs = (run(m, x)[3]["batch_stats"] for m in LINEN)
     np.testing.assert_array_equal(np.isnan(theirs["mean"]), [False, True, False, False])
     good = np.array([0, 2, 3])
     close(jax.tree.map(lambda v: v[good], ours), jax.tree.map(lambda v: v[good], theirs))
@@ -84,7 +59,7 @@ def test_difference_fully_masked_channel():
     """(d) It uses the running statistics, and keeps them; in flax both become NaN."""
     mask = np.ones((1, 1, 4), bool)
     mask[..., 2] = False
-    ours, theirs = (run(m, mask=mask) for m in BOTH)
+    ours, theirs = (run(m, mask=mask) for m in LINEN)
     np.testing.assert_array_equal(np.isnan(theirs[1]).all((0, 1)), [False, False, True, False])
     evaluated = run(linen.BatchNorm, train=False)[1]
     close(ours[1][..., 2], evaluated[..., 2])
@@ -101,7 +76,7 @@ def test_difference_nan_in_masked_entries():
     x[0, 0, 1], mask = np.nan, np.ones(SHAPE, bool)
     mask[0, 0, 1] = False
     zeroed = np.where(mask, x, 0)
-    ours, theirs = (run(m, x, mask=mask) for m in BOTH)
+    ours, theirs = (run(m, x, mask=mask) for m in LINEN)
     clean = run(linen.BatchNorm, zeroed, mask=mask)
     close(ours[3], clean[3])
     close(ours[1][mask], clean[1][mask])
@@ -129,7 +104,7 @@ def test_difference_evaluation_without_statistics(mutable, missing):
 def test_difference_fast_variance_has_no_effect():
     """(g) Bit for bit; in flax the two disagree."""
     x = X + 100
-    for module, same in zip(BOTH, (True, False), strict=True):
+    for module, same in zip(LINEN, (True, False), strict=True):
         results = [run(module, x, use_fast_variance=fast)[1:] for fast in (True, False)]
         equal = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), *results)
         assert all(jax.tree.leaves(equal)) == same

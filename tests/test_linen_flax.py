@@ -14,21 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beside_flax import KEY, LINEN, MASK, SHAPE, X, close, types
+from beside_flax import run_linen as run
 from flax import linen as nn
 from flax import serialization
-from tolerances import assert_close, error
+from tolerances import error
 
 import bnjax
 from bnjax import linen
 
-RNG = np.random.default_rng(0)
-SHAPE = (6, 5, 4)
-X = RNG.normal(RNG.normal(size=SHAPE[1:]), 2, SHAPE).astype(np.float32)
-MASK = RNG.random((6, 5, 1)) < 0.7
-KEY = jax.random.key(0)
-BOTH = (linen.BatchNorm, nn.BatchNorm)
-# Two correct implementations are each within the bound of the truth.
-close = functools.partial(assert_close, dtype=np.float32, n=1000)
+RNG = np.random.default_rng(1)
 
 FIELDS = {
     "default": {},
@@ -49,31 +44,6 @@ FIELDS = {
 }
 
 
-def run(module, x=X, train=True, mask=None, **fields):
-    """(variables, y, gradients, updates) of a step with new variables."""
-    layer = module(use_running_average=not train, **fields)
-
-    @jax.jit
-    def step(x):
-        variables = layer.init(KEY, x)
-
-        def loss(params, x):
-            given = {**variables, "params": params}
-            y, new = layer.apply(given, x, mask=mask, mutable=["batch_stats"])
-            return jnp.sum(jnp.sin(y).astype(jnp.float32)), (y, new)
-
-        argnums = (0, 1) if jnp.issubdtype(x.dtype, jnp.floating) else 0
-        grads, (y, new) = jax.grad(loss, argnums, has_aux=True)(variables.get("params", {}), x)
-        return variables, y, grads, new
-
-    return step(x)
-
-
-def types(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
-
-
 def narrowest(*trees):
     """The narrowest dtype that results are stored in."""
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(trees)}
@@ -87,11 +57,11 @@ def test_fields():
     """flax's, in its order and with its defaults, then our own."""
     ours, theirs = (
         [(f.name, f.default) for f in dataclasses.fields(m) if f.name not in ("parent", "name")]
-        for m in BOTH
+        for m in LINEN
     )
     assert ours[: len(theirs)] == theirs
     assert [name for name, _ in ours[len(theirs) :]] == ["unbiased", "norm"]
-    calls = [inspect.signature(m.__call__).parameters.values() for m in BOTH]
+    calls = [inspect.signature(m.__call__).parameters.values() for m in LINEN]
     ours, theirs = ([(p.name, p.kind, p.default) for p in call] for call in calls)
     assert ours == theirs
 
@@ -100,7 +70,7 @@ def test_fields():
 def test_same_variables(fields):
     """Paths, shapes and dtypes, in a network; and those of its results."""
     both = []
-    for module in BOTH:
+    for module in LINEN:
         layer = nn.Sequential([nn.Dense(4), module(False, **fields)])
         variables = jax.eval_shape(layer.init, KEY, X)
         apply = functools.partial(layer.apply, mutable=["batch_stats"])
@@ -113,7 +83,7 @@ NUMBERS = ["default", "axes", "momentum", "epsilon", "dtype", "param_dtype", "in
 
 @pytest.mark.parametrize("name", [*NUMBERS, "neither", "reductions"])
 def test_same_as_flax(name):
-    ours, theirs = (run(m, **FIELDS[name]) for m in BOTH)
+    ours, theirs = (run(m, **FIELDS[name]) for m in LINEN)
     assert types(ours[0]) == types(theirs[0])
     chex.assert_trees_all_equal(ours[0], theirs[0])
     assert types(ours[1:]) == types(theirs[1:])
@@ -124,7 +94,7 @@ def test_same_as_flax(name):
 def test_same_as_flax_in_evaluation(name):
     stats = {"mean": jnp.float32(0.5), "var": jnp.float32(2)}
     outputs = []
-    for module in BOTH:
+    for module in LINEN:
         layer = module(True, **FIELDS[name])
         variables = dict(layer.init(KEY, X))
         like = jnp.zeros_like
@@ -143,9 +113,9 @@ def test_same_as_flax_in_evaluation(name):
 def test_mask_of_any_rank(shape):
     """It broadcasts as flax's does, NumPy's way."""
     mask = RNG.random(shape) < 0.7
-    mask[(0,) * len(shape)] = True
+    mask.flat[0], mask.flat[-1] = True, False
     fields = {"axis": -1} if shape != (4,) else {"axis": 0}
-    ours, theirs = (run(m, mask=mask, **fields) for m in BOTH)
+    ours, theirs = (run(m, mask=mask, **fields) for m in LINEN)
     close(ours[1:], theirs[1:])
     unmasked, _ = bnjax.bn_apply(*bnjax.bn_init(X.shape[fields["axis"]]), X, True, **fields)
     assert error(ours[1], unmasked) > 1e-3
@@ -166,7 +136,7 @@ def test_result_types(dtype, param_dtype, x_dtype):
     x = jax.ShapeDtypeStruct(SHAPE, x_dtype)
     for train, mask, use_bias, axis in ((True, None, True, -1), (False, MASK, False, (0, 2))):
         both = []
-        for module in BOTH:
+        for module in LINEN:
             layer = module(
                 dtype=dtype,
                 param_dtype=param_dtype,
@@ -185,7 +155,7 @@ def test_result_types(dtype, param_dtype, x_dtype):
 def test_integers(train, dtype):
     """They are cast to the output's dtype; these fit."""
     x = RNG.integers(0, 20, SHAPE)
-    ours, theirs = (run(m, x, train=train, dtype=dtype) for m in BOTH)
+    ours, theirs = (run(m, x, train=train, dtype=dtype) for m in LINEN)
     close(ours[1:], theirs[1:], rounded_to=dtype)
 
 
@@ -201,7 +171,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["from flax", "to flax"])
 def test_checkpoints(order):
     """msgpack of a trained tree loads into the other, both ways, with the same numbers."""
-    written, read = (Net(BOTH[i]) for i in reversed(order))
+    written, read = (Net(LINEN[i]) for i in reversed(order))
     variables = jax.jit(written.init, static_argnums=2)(jax.random.key(1), X, True)
     step = jax.jit(lambda v: written.apply(v, X, True, mutable=["batch_stats"]))
     _, updates = step(variables)
@@ -237,7 +207,7 @@ ERRORS = {
 def test_same_error_as_flax(call):
     variables = linen.BatchNorm(use_running_average=True).init(KEY, X)
     errors = []
-    for module in BOTH:
+    for module in LINEN:
         with pytest.raises((ValueError, flax.errors.FlaxError)) as info:
             call(module, variables)
         errors.append((type(info.value), str(info.value)))

@@ -12,20 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beside_flax import MASK, SHAPE, X, close, types
 from flax import nnx
 from messages import check_message
-from tolerances import assert_close, error
+from tolerances import error
 
 import bnjax
 from bnjax.nnx import BatchNorm
 
-RNG = np.random.default_rng(0)
-SHAPE = (6, 5, 4)
-X = RNG.normal(RNG.normal(size=SHAPE[1:]), 2, SHAPE).astype(np.float32)
-MASK = RNG.random((6, 5, 1)) < 0.7
+RNG = np.random.default_rng(1)
+
 BOTH = (BatchNorm, nnx.BatchNorm)
-# Two correct implementations are each within the bound of the truth.
-close = functools.partial(assert_close, dtype=np.float32, n=1000)
 
 
 def make(module=BatchNorm, size=4, **fields):
@@ -49,11 +46,6 @@ def run(module, x=X, mask=None, stats=None, **fields):
         return y, grads
 
     return *step(layer, x), nnx.state(layer)
-
-
-def types(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
 def arguments(function):
