@@ -32,7 +32,7 @@ from bnjax._reduce import Reduction
 
 def condition(x: jax.Array, near: jax.Array) -> jax.Array:
     """offset**2 / var of each channel, as the first pass finds them."""
-    _, first = _moments._pass(Reduction((0,)), x, None, near)
+    first = _moments._pass(Reduction((0,)), x, None, near)
     return first.offset**2 / first.var
 
 

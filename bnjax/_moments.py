@@ -170,19 +170,21 @@ def batch_moments(
     # The same function twice: traced once.
     a_pass = _reduce.compiled(_pass, r.axis_name is not None)
 
-    def more(carry: tuple[jax.Array, jax.Array, BatchMoments]) -> jax.Array:
-        i, ill, _ = carry
-        return lax.bitwise_and(lax.lt(i, jnp.int32(_MORE_PASSES)), ill)
+    def more(carry: tuple[jax.Array, BatchMoments]) -> jax.Array:
+        i, m = carry
+        # Written so that NaN and overflow count as ill-conditioned.
+        ill = ~(m.offset * m.offset <= _WELL_CONDITIONED * m.var)
+        return (i < _MORE_PASSES) & lax.reduce_or(ill, axes=tuple(range(ill.ndim)))
 
-    def again(carry: tuple[jax.Array, jax.Array, BatchMoments]) -> tuple[Any, ...]:
-        i, _, m = carry
+    def again(carry: tuple[jax.Array, BatchMoments]) -> tuple[jax.Array, BatchMoments]:
+        i, m = carry
         mean = m.shift + m.offset
         # From a shift a thousand times the mean little but rounding is left of it.
         sound = lax.is_finite(mean) & (lax.abs(m.shift) <= 1024 * lax.abs(mean))
-        return i + 1, *a_pass(r, x, mask, _reduce.where(sound, mean, 0))
+        return i + 1, a_pass(r, x, mask, _reduce.where(sound, mean, 0))
 
     first = a_pass(r, x, mask, _reduce.shared(r, x, near))
-    return lax.while_loop(more, again, (jnp.int32(0), *first))[2]
+    return lax.while_loop(more, again, (jnp.int32(0), first))[1]
 
 
 @batch_moments.defjvp
@@ -195,10 +197,8 @@ def _batch_moments_jvp(
     return out, tangent(x, mask, out, tangents[0])
 
 
-def _pass(
-    r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array
-) -> tuple[jax.Array, BatchMoments]:
-    """Moments from sums of x - shift and (x - shift)**2; whether some are ill-conditioned."""
+def _pass(r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array) -> BatchMoments:
+    """Moments from the sums of x - shift and (x - shift)**2, for a shift near `near`."""
     shift, _ = split(near, near, bits_less=1)
     first = _reduce.deviation(r, x, mask, shift)
     other, ahead = split(near, shift - near, bits_less=2)
@@ -210,10 +210,7 @@ def _pass(
     apart = offset + ahead
     var = square / n - apart * apart
     var = lax.max(var, lax.full_like(var, 0))
-    # Written so that NaN and overflow count as ill-conditioned.
-    ill = ~(offset * offset <= _WELL_CONDITIONED * var)
-    count = jnp.asarray(count, total.dtype)
-    return lax.reduce_or(ill, axes=tuple(range(ill.ndim))), BatchMoments(shift, offset, var, count)
+    return BatchMoments(shift, offset, var, jnp.asarray(count, total.dtype))
 
 
 def _moments_tangent(
