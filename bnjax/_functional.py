@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _checks, _normalize, _reduce
+from bnjax import _checks, _normalize, _placement, _reduce
 
 
 class BNParams(NamedTuple):
@@ -178,7 +178,7 @@ def bn_apply(
         _Static(plan, unbiased, float(weight) if number else None),
         inputs,
         state,
-        None if number else weight,
+        None if number else jnp.asarray(weight),
     )
     return y, state if new is None else new
 
@@ -266,6 +266,8 @@ def _inputs(
         else _checks.vector(f"params.{name}", value, shape, axes).astype(dtype)
         for name, value in zip(params._fields, params, strict=True)
     )
+    limit = float(jnp.finfo(dtype).max)
+    epsilon = jnp.asarray(_checks.number("epsilon", epsilon, 0.0, limit, shape), dtype)
     return _normalize.Inputs(
         x=x,
         mask=_checks.mask(mask, x.shape),
@@ -274,9 +276,7 @@ def _inputs(
         bias=bias,
         mean=state.mean.astype(dtype),
         var=state.var.astype(dtype),
-        epsilon=jnp.asarray(
-            _checks.number("epsilon", epsilon, 0.0, float(jnp.finfo(dtype).max), shape), dtype
-        ),
+        epsilon=epsilon,
     )
 
 
@@ -304,8 +304,11 @@ class _Static(NamedTuple):
 
 
 def _compute(
-    static: _Static, inputs: _normalize.Inputs, state: BNState, weight: jax.Array | None
+    static: _Static, inputs: _normalize.Inputs, given: BNState, weight: jax.Array | None
 ) -> tuple[jax.Array, BNState | None]:
+    axes = static.plan.reduction.axes
+    inputs = _normalize.placed(inputs, axes)
+    state, weight = _placement.as_features((given, weight), inputs.x, axes)
     y, batch = _normalize.normalize(static.plan, inputs)
     if batch is None:
         return y, None
@@ -325,4 +328,5 @@ def _compute(
     # A count at the end of its range stays there rather than turn negative.
     room = state.count < jnp.iinfo(state.count.dtype).max
     count = state.count + (learns & room).astype(state.count.dtype)
-    return y, BNState(average(state.mean, mean), average(state.var, var), count)
+    new = BNState(average(state.mean, mean), average(state.var, var), count)
+    return y, _placement.as_given(new, given)

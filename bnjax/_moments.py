@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _checks, _reduce
+from bnjax import _checks, _placement, _reduce
 from bnjax._reduce import Reduction
 
 # A variance errs by about (1 + offset**2/var) roundings. At an offset of three
@@ -90,11 +90,17 @@ def moments(
     feature_axes = _checks.feature_axes(axis, x.shape)
     mask = _checks.mask(mask, x.shape)
     axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-    near = jnp.zeros([x.shape[a] for a in feature_axes], _checks.compute_dtype(x.dtype))
     r = _reduce.reduction(axes, axis_name, axis_index_groups)
-    result = _reduce.compiled(batch_moments, axis_name is not None)(r, x, mask, near)
-    count = jnp.broadcast_to(result.count, result.var.shape)
-    return Moments(result.shift + result.offset, result.var, count)
+    return _reduce.compiled(_about_zero, axis_name is not None)(r, x, mask)
+
+
+def _about_zero(r: Reduction, x: jax.Array, mask: jax.Array | None) -> Moments:
+    near = lax.full(
+        [s for a, s in enumerate(x.shape) if a not in r.axes], 0, _checks.compute_dtype(x.dtype)
+    )
+    near = _placement.as_features(near, x, r.axes)
+    m = batch_moments(r, x, _placement.as_entries(mask, x), near)
+    return Moments(m.shift + m.offset, m.var, _placement.broadcast(m.count, m.var))
 
 
 def merge(*parts: Moments) -> Moments:

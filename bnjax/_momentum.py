@@ -17,7 +17,8 @@ def cumulative() -> _checks.Schedule:
     weight of the old value = count / (count + 1)
 
     Returns:
-      A schedule: integer array of any shape -> float32 array of that shape.
+      A schedule: integer array of any shape -> float32 array of that shape. It is
+      one function, so that two layers with it are equal.
 
     Example:
       >>> import jax.numpy as jnp, bnjax
@@ -26,12 +27,12 @@ def cumulative() -> _checks.Schedule:
 
     Source: torch.nn.BatchNorm1d, `momentum=None`.
     """
+    return _cumulative
 
-    def schedule(count: jax.Array) -> jax.Array:
-        old = jnp.asarray(count, jnp.float32)
-        return old / (old + 1)
 
-    return schedule
+def _cumulative(count: jax.Array) -> jax.Array:
+    old = jnp.asarray(count, jnp.float32)
+    return old / (old + 1)
 
 
 def debiased(momentum: float) -> _checks.Schedule:

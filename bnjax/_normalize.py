@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _moments, _reduce
+from bnjax import _moments, _placement, _reduce
 from bnjax._checks import compute_dtype
 from bnjax._moments import BatchMoments
 from bnjax._reduce import Reduction
@@ -41,6 +41,13 @@ class Inputs(NamedTuple):
     mean: jax.Array
     var: jax.Array
     epsilon: jax.Array
+
+
+def placed(inputs: Inputs, axes: tuple[int, ...]) -> Inputs:
+    """The inputs, as `x` is placed on a mesh of explicit axes."""
+    x, mask, train, *vectors = inputs
+    vectors = _placement.as_features(vectors, x, axes)
+    return Inputs._make((x, _placement.as_entries(mask, x), train, *vectors))
 
 
 class Coefficients(NamedTuple):
@@ -94,9 +101,9 @@ def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> C
         return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), inverse, False)
     from_batch: bool | jax.Array = True
     if inputs.mask is not None or inputs.x.size == 0:
-        from_batch = jnp.broadcast_to(moments.count > 0, moments.var.shape)
+        from_batch = _placement.broadcast(moments.count > 0, moments.var)
     if inputs.train is not None:
-        from_batch = jnp.broadcast_to(from_batch & inputs.train, moments.var.shape)
+        from_batch = _placement.broadcast(from_batch & inputs.train, moments.var)
     shift = _choose(from_batch, moments.shift, inputs.mean)
     offset = _choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
     var = _choose(from_batch, moments.var, inputs.var)

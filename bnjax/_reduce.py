@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _checks
+from bnjax import _checks, _placement
 
 
 class Reduction(NamedTuple):
@@ -58,7 +58,7 @@ def synchronise(
     if mask is None:
         return static_count(r, shape), psum(r, sums)
     kept = _mask_count(r, shape, mask, sums[0].dtype)
-    *sums, count = psum(r, [*sums, jnp.broadcast_to(kept, sums[0].shape)])
+    *sums, count = psum(r, [*sums, _placement.broadcast(kept, sums[0])])
     return count, sums
 
 
@@ -69,10 +69,8 @@ def static_count(r: Reduction, shape: tuple[int, ...]) -> int:
 
 
 def _mask_count(r: Reduction, shape: tuple[int, ...], mask: jax.Array, dtype: Any) -> jax.Array:
-    features = [a for a in range(len(shape)) if a not in r.axes]
     repeats = math.prod(shape[a] for a in r.axes if mask.shape[a] == 1)
-    kept = jnp.sum(mask, r.axes, dtype=dtype) * repeats
-    return jnp.broadcast_to(kept, tuple(shape[a] for a in features))
+    return jnp.sum(mask, r.axes, dtype=dtype) * repeats
 
 
 def psum(r: Reduction, sums: list[jax.Array]) -> list[jax.Array]:

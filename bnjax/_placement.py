@@ -1,0 +1,58 @@
+"""Mesh axes of explicit sharding: vectors go where the channels of `x` are.
+
+There, JAX refuses to choose between arrays, and to carry arrays through a loop, that are
+placed differently. Everywhere else nothing here does anything.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
+
+
+def as_features(tree: Tree, x: jax.Array, axes: tuple[int, ...]) -> Tree:
+    """Vectors per channel, as the channels of `x` are: all but `axes`; scalars as they were."""
+    spec = _spec(x)
+    if spec is None:
+        return tree
+    features = tuple(spec[a] for a in range(x.ndim) if a not in axes)
+    return jax.tree.map(lambda v: _place(v, x, features) if v.ndim else v, tree)
+
+
+def as_entries(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """An array that broadcasts to `x`, as the entries of `x` are."""
+    spec = _spec(x)
+    if spec is None or mask is None:
+        return mask
+    return _place(mask, x, tuple(None if mask.shape[a] == 1 else spec[a] for a in range(x.ndim)))
+
+
+def as_given(tree: Tree, given: Tree) -> Tree:
+    """Arrays as others of the same shapes are."""
+
+    def place(new: jax.Array, old: jax.Array) -> jax.Array:
+        spec = _spec(old)
+        return new if spec is None else _place(new, old, spec)
+
+    return jax.tree.map(place, tree, given)
+
+
+def broadcast(value: jax.Array, like: jax.Array) -> jax.Array:
+    """The value in the shape of another array, and placed as it is."""
+    return as_given(jnp.broadcast_to(value, like.shape), like)
+
+
+def _spec(x: jax.Array) -> tuple[Any, ...] | None:
+    """Mesh axes of each axis of `x`; None where no mesh axis is explicit."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+
+
+def _place(v: jax.Array, x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
+    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+    return v if jax.typeof(v).sharding == sharding else jax.sharding.reshard(v, sharding)
