@@ -43,7 +43,9 @@ def each(
 ) -> dict[str, Layer]:
     """Converts all batch norms of a model whose names match a pattern.
 
-    A batch norm is known by its running statistics.
+    A batch norm is known by its running statistics, even one of them: then `convert`
+    says what is missing. One that has lost them all is known in torch by its counter,
+    and in linen by its count or where it is named BatchNorm_0, BatchNorm_1, ...
 
     Args:
       convert: one of `from_torch`, `from_keras`, `from_haiku`, `from_equinox`,

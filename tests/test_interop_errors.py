@@ -57,9 +57,9 @@ NAMES = {
         TypeError, "`prefix`", "must be the name of a layer", "int", "",
     ),
     "mapping": (
-        lambda: interop.from_keras([ONES] * 4),
-        TypeError, "`variables`", "must map names to arrays", "list",
-        "Fix: {v.path: v for v in model.variables}",
+        lambda: interop.from_torch([ONES] * 4),
+        TypeError, "`state_dict`", "must map names to arrays", "list",
+        "Fix: module.state_dict()",
     ),
     "missing": (
         lambda: interop.from_torch(without(NETWORK, "layer1.bn1.running_var"), "layer1.bn1"),

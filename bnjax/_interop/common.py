@@ -1,7 +1,7 @@
 """What the conversions share: a converted layer, arrays found by name, their checks."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,25 +50,28 @@ class Entry(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The arrays of a model by full name; a batch norm is known by names of its statistics."""
+    """The arrays of a model by full name, and the batch norms there, at least in part."""
 
     arrays: Mapping[str, Any]
     separator: str
-    statistics: tuple[str, ...]
+    norms: set[str]
 
     def names(self) -> list[str]:
-        """Batch norms that are there, at least in part."""
-        parts = (name.rpartition(self.separator) for name in self.arrays)
-        return sorted({prefix for prefix, _, last in parts if last in self.statistics})
+        """The batch norms in alphabetical order."""
+        return sorted(self.norms)
 
 
-def source(
-    arrays: Any, separator: str, statistics: tuple[str, ...], name: str, fix: str = ""
-) -> Source:
-    """A `Source` from a mapping of names."""
-    if not isinstance(arrays, Mapping):
-        raise TypeError(f"`{name}` must map names to arrays, got {type(arrays).__name__}.{fix}")
-    return Source(arrays, separator, statistics)
+def mapping(name: str, value: Any, fix: str = "") -> Mapping[str, Any]:
+    """The value, which must be a mapping."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` must map names to arrays, got {type(value).__name__}.{fix}")
+    return value
+
+
+def owners(names: Iterable[str], separator: str, marks: tuple[str, ...]) -> set[str]:
+    """What comes before the last part of those names that end in one of the marks."""
+    parts = (name.rpartition(separator) for name in names)
+    return {owner for owner, _, last in parts if last in marks}
 
 
 def array(name: str, value: Any) -> np.ndarray:
@@ -191,6 +194,18 @@ def constant(layer: Layer, framework: str) -> float:
             f"{momentum!r}. Fix: layer._replace(options={{**layer.options, 'momentum': 0.99}})."
         )
     return float(momentum)
+
+
+def one_axis(layer: Layer, framework: str) -> int:
+    """The feature axis, for frameworks that have one."""
+    axis = layer.options["axis"]
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    if len(axes) != 1 or not isinstance(axes[0], (int, np.integer)):
+        raise ValueError(
+            f"`axis` must be one axis for {framework}, got {axis!r}. Fix: x, params and state "
+            "with these axes reshaped to one."
+        )
+    return int(axes[0])
 
 
 def export(

@@ -78,11 +78,8 @@ def from_equinox(
     read = _batch if module.mode == "batch" else _ema
     mean, var, count, weight = read(module, state, start, momentum)
     params = {
-        role: None if value is None else Entry(start + name, common.array(start + name, value))
-        for role, name, value in (
-            ("scale", "weight", module.weight),
-            ("bias", "bias", module.bias),
-        )
+        role: _parameter(module, start, name)
+        for role, name in (("scale", "weight"), ("bias", "bias"))
     }
     options = {
         "axis": axis,
@@ -95,8 +92,7 @@ def from_equinox(
 
 def _batch(module: Any, state: Any, start: str, momentum: float) -> tuple[Entry, Entry, Any, Any]:
     mean, var = _statistics(module, state, start, "batch_state_index")
-    name = f"{start}batch_counter"
-    count = Entry(name, common.array(name, _get(state, module.batch_counter)))
+    count = _scalar(module, state, start, "batch_counter")
     # Before the first batch there is nothing to divide by.
     share = 1.0 if count.value == 0 else 1 - momentum ** int(count.value)
     mean, var = (_scaled(entry, share) for entry in (mean, var))
@@ -105,7 +101,7 @@ def _batch(module: Any, state: Any, start: str, momentum: float) -> tuple[Entry,
 
 def _ema(module: Any, state: Any, start: str, momentum: float) -> tuple[Entry, Entry, Any, Any]:
     mean, var = _statistics(module, state, start, "ema_state_index")
-    if not bool(_get(state, module.ema_first_time_index)):
+    if not _scalar(module, state, start, "ema_first_time_index").value:
         return mean, var, 1, momentum
     # Until then the arrays hold no numbers.
     mean, var = (
@@ -119,18 +115,48 @@ def _ema(module: Any, state: Any, start: str, momentum: float) -> tuple[Entry, E
 
 
 def _statistics(module: Any, state: Any, start: str, index: str) -> list[Entry]:
-    arrays = _get(state, getattr(module, index))
+    arrays = _get(module, state, start, index)
     named = [(f"{start}{index}[{i}]", value) for i, value in enumerate(arrays)]
     return [Entry(name, common.array(name, value)) for name, value in named]
 
 
-def _get(state: Any, index: Any) -> Any:
+def _scalar(module: Any, state: Any, start: str, index: str) -> Entry:
+    name = start + index
+    entry = Entry(name, common.array(name, _get(module, state, start, index)))
+    if entry.value.shape != ():
+        raise ValueError(
+            f"`{name}` must be one number, got shape {entry.value.shape}, as of layers stacked by "
+            "filter_vmap. Fix: one layer at a time, model, state = jax.tree.map(lambda a: a[0] if "
+            "equinox.is_array(a) else a, (model, state))."
+        )
+    return entry
+
+
+def _parameter(module: Any, start: str, name: str) -> Entry | None:
+    value = getattr(module, name)
+    if value is not None:
+        return Entry(start + name, common.array(start + name, value))
+    if getattr(module, "channelwise_affine", False):
+        raise ValueError(
+            f"`{start}{name}` must be an array where channelwise_affine is True, got None. Fix: "
+            "equinox.combine, where equinox.partition took the arrays out of the model."
+        )
+    return None
+
+
+def _get(module: Any, state: Any, start: str, index: str) -> Any:
+    fix = "Fix: model, state = equinox.nn.make_with_state(Model)(...)."
     if not callable(getattr(state, "get", None)):
         raise TypeError(
-            f"`state` must be the equinox.nn.State of the model, got {type(state).__name__}. "
-            "Fix: model, state = equinox.nn.make_with_state(Model)(...)."
+            f"`state` must be the equinox.nn.State of the model, got {type(state).__name__}. {fix}"
         )
-    return state.get(index)
+    try:
+        return state.get(getattr(module, index))
+    except KeyError:
+        raise ValueError(
+            "`state` must be the equinox.nn.State of this model, with all its layers, got one "
+            f"without {start}{index}. {fix}"
+        ) from None
 
 
 def _scaled(entry: Entry, share: float) -> Entry:

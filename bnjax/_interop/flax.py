@@ -1,5 +1,6 @@
 """Layers of Flax, linen and nnx: trees of variables."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ def from_flax(
 
     Args:
       variables: of linen, `{"params": ..., "batch_stats": ...}`, other collections
-        are left aside; of nnx, a State or the nested mapping of its values.
+        are left aside; of nnx, a State or the nested mapping of its values, where
+        statistics are not in `batch_stats`, or beside parameters.
         `mean` and `var`, [C], and where there are, `scale`, `bias` and `count`.
       prefix: path of the layer, as "Block_0/BatchNorm_0"; "" for its own variables.
       axis, momentum, epsilon, unbiased: of the layer; they are not in its variables.
@@ -128,17 +130,41 @@ def _put(tree: dict[str, Any], path: list[Any], arrays: dict[str, np.ndarray]) -
 
 
 def _source(variables: Any) -> common.Source:
-    tree = common.source(variables, "/", (), "variables").arrays
-    parts = [tree[name] for name in _COLLECTIONS if name in tree] or [tree]
-    flat: dict[str, Any] = {}
-    for part in parts:
-        _flatten(part, "", flat)
-    return common.Source(flat, "/", _STATISTICS)
+    flat = _flat(common.mapping("variables", variables))
+    if not _is_linen(variables, flat):
+        return common.Source(flat, "/", common.owners(flat, "/", _STATISTICS))
+    params, statistics = (_flat(variables.get(name, {})) for name in _COLLECTIONS)
+    return common.Source(params | statistics, "/", _linen_norms(params, statistics))
 
 
-def _flatten(tree: Any, name: str, flat: dict[str, Any]) -> None:
+def _linen_norms(params: dict[str, Any], statistics: dict[str, Any]) -> set[str]:
+    """By statistics, and where these are lost by other signs: a LayerNorm has a scale too."""
+    affine = common.owners(params, "/", _PARAMS)
+    counted = common.owners(statistics, "/", ("count",)) & affine
+    named = {name for name in affine if re.search(r"(^|/)BatchNorm_\d+$", name)}
+    return common.owners(statistics, "/", _STATISTICS) | counted | named
+
+
+def _is_linen(variables: Mapping[str, Any], flat: dict[str, Any]) -> bool:
+    """Whether the top are collections, not attributes of nnx that have their names."""
+    if not any(name in variables for name in _COLLECTIONS):
+        return False
+    if any(base.__module__.startswith("flax.nnx") for base in type(variables).__mro__):
+        return False
+    means, variances = (common.owners(flat, "/", (name,)) for name in _STATISTICS)
+    mixed = (means | variances) & common.owners(flat, "/", _PARAMS)
+    top = {name: name.partition("/")[0] for name in means | variances}
+    inside = {name for name in top if top[name] == "batch_stats"}
+    if inside:
+        return not inside & mixed
+    return not any(top[name] != "params" or name in mixed for name in means & variances)
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """path -> leaf."""
     if not isinstance(tree, Mapping):
-        flat[name] = tree
-        return
+        return {name: tree}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        _flatten(value, f"{name}/{key}" if name else str(key), flat)
+        flat |= _flat(value, f"{name}/{key}" if name else str(key))
+    return flat

@@ -148,8 +148,8 @@ def _check_decay(vectors: dict[str, Entry], ema: str, counter: Any, decay: float
 def _source(params: Any, state: Any) -> common.Source:
     flat: dict[str, Any] = {}
     for tree_name, tree in (("params", params), ("state", state)):
-        for module, arrays in common.source(tree, "/", (), tree_name).arrays.items():
+        for module, arrays in common.mapping(tree_name, tree).items():
             owner, _, ema = module.rpartition("/~/")
             start = f"{owner}/{ema}." if ema in _EMA else f"{module}/"
             flat |= {start + name: value for name, value in arrays.items()}
-    return common.Source(flat, "/", _STATE)
+    return common.Source(flat, "/", common.owners(flat, "/", _STATE))

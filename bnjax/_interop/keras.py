@@ -1,6 +1,6 @@
 """Layers of Keras 3: their variables by name or path."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,16 @@ from bnjax._interop.common import Layer
 
 _STATISTICS = ("moving_mean", "moving_variance")
 _PARAMS = ("gamma", "beta")
+_BY_LAYER = "from_keras({v.name: v for v in layer.variables})"
 
 
 def names(variables: Any) -> list[str]:
-    """Batch norms of a model's variables by path."""
+    """Batch norms of a model's variables, by path."""
     return _source(variables).names()
 
 
 def from_keras(
-    variables: Mapping[str, Any],
+    variables: Sequence[Any] | Mapping[str, Any],
     prefix: str = "",
     *,
     momentum: float = 0.99,
@@ -31,10 +32,9 @@ def from_keras(
     variance: bnjax's convention. There is no counter, so `count` is 0.
 
     Args:
-      variables: name -> keras variable or array: `{v.path: v for v in
-        model.variables}` with a prefix, `{v.name: v for v in layer.variables}`
-        without. `moving_mean` and `moving_variance`, [C], and where there are,
-        `gamma` and `beta`, [C].
+      variables: `model.variables` with a prefix; or name -> keras variable or
+        array, as `{v.name: v for v in layer.variables}` without. `moving_mean` and
+        `moving_variance`, [C], and where there are, `gamma` and `beta`, [C].
       prefix: path of the layer, as "sequential/batch_normalization".
       momentum, epsilon, axis: of the keras layer, whose attributes they are.
 
@@ -43,7 +43,9 @@ def from_keras(
 
     Raises:
       TypeError, ValueError: names that are missing or unknown (renorm=True is not
-      supported), shapes that do not fit each other, options out of range.
+      supported), a path that two batch norms of the model have (keras allows it: a
+      mapping by path would keep one of them), shapes that do not fit each other,
+      options out of range.
 
     Example:
       >>> import numpy as np
@@ -117,13 +119,11 @@ def _export(layer: Layer, start: str) -> tuple[dict[str, np.ndarray], dict[str, 
             f"{options['unbiased']!r}. Fix: layer._replace(options={{**layer.options, "
             "'unbiased': False}), if the variance may be learned so from now on."
         )
-    if not isinstance(options["axis"], (int, np.integer)):
-        raise ValueError(f"`axis` must be one axis for keras, got {options['axis']!r}.")
     arrays: dict[str, Any] = dict(
         zip((*_PARAMS, *_STATISTICS), (scale, bias, mean, var), strict=True)
     )
     kwargs = {
-        "axis": options["axis"],
+        "axis": common.one_axis(layer, "keras"),
         "momentum": common.constant(layer, "keras"),
         "epsilon": options["epsilon"],
         "center": bias is not None,
@@ -133,5 +133,29 @@ def _export(layer: Layer, start: str) -> tuple[dict[str, np.ndarray], dict[str, 
 
 
 def _source(variables: Any) -> common.Source:
-    fix = " Fix: {v.path: v for v in model.variables}."
-    return common.source(variables, "/", _STATISTICS, "variables", fix)
+    if isinstance(variables, Sequence) and not isinstance(variables, str):
+        variables = _by_path(variables)
+    arrays = common.mapping("variables", variables, " Fix: model.variables.")
+    return common.Source(arrays, "/", common.owners(arrays, "/", _STATISTICS))
+
+
+def _by_path(variables: Sequence[Any]) -> dict[str, Any]:
+    """path -> variable, where no path of a batch norm stands for two variables."""
+    arrays: dict[str, Any] = {}
+    twice: set[str] = set()
+    for variable in variables:
+        if not isinstance(path := getattr(variable, "path", None), str):
+            raise TypeError(
+                "`variables` must map names to arrays, or be variables with a path, got "
+                f"{type(variable).__name__} in {type(variables).__name__}. Fix: model.variables, "
+                f"or of one layer {_BY_LAYER}."
+            )
+        if arrays.setdefault(path, variable) is not variable:
+            twice.add(path)
+    norms = common.owners(arrays, "/", _STATISTICS)
+    if of_norms := [path for path in arrays if path in twice and path.rpartition("/")[0] in norms]:
+        raise ValueError(
+            "`variables` must have unique paths where there are batch norms, got several at "
+            f"{common.listed(of_norms)}. Fix: layer by layer, {_BY_LAYER}."
+        )
+    return arrays

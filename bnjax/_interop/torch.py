@@ -76,7 +76,8 @@ def from_torch(
         (*_PARAMS, _COUNT) if tracked else ("bias",),
         ""
         if not tracked
-        else " A layer made with track_running_stats=False has none of them: pass that here too.",
+        else " A layer made with track_running_stats=False has none of them, and no "
+        f"{_COUNT}: pass that here too.",
     )
     if not tracked:
         found |= {
@@ -125,8 +126,9 @@ def to_torch(
 
     Raises:
       TypeError, ValueError: what torch does not have: a schedule other than
-      `cumulative()`, unbiased=False, a bias without scale, and with `cumulative()`
-      counts that differ between channels. Otherwise the largest count is taken.
+      `cumulative()`, unbiased=False, several feature axes, a bias without scale,
+      and with `cumulative()` counts that differ between channels. Otherwise the
+      largest count is taken.
 
     Example:
       >>> import bnjax
@@ -150,6 +152,7 @@ def _export(layer: Layer, start: str) -> tuple[dict[str, np.ndarray], dict[str, 
             f"{options['unbiased']!r}. Fix: layer._replace(options={{**layer.options, "
             "'unbiased': True}), if the variance may be learned so from now on."
         )
+    common.one_axis(layer, "torch")
     if scale is None and bias is not None:
         raise ValueError(
             "`params.scale` must be an array where there is a bias: torch has no bias without "
@@ -175,11 +178,9 @@ def _export(layer: Layer, start: str) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def _momentum(layer: Layer) -> float | None:
     """The weight of the new value; None for the cumulative average."""
-    momentum = layer.options["momentum"]
-    if callable(momentum):
-        counts = jnp.array([0, 1, 2, 3, 10, 100, 1000])
-        if np.allclose(momentum(counts), cumulative()(counts), rtol=1e-6, atol=0):
-            return None
+    # By identity: values at some counts say nothing of the others.
+    if layer.options["momentum"] is cumulative():
+        return None
     old = common.constant(layer, "torch (but for `cumulative()`)")
     # 1 - 0.9 is not 0.1: the shortest number that comes back as this one.
     return next((new for d in range(17) if 1 - (new := round(1 - old, d)) == old), 1 - old)
@@ -190,5 +191,6 @@ def _for_torch(value: Any) -> np.ndarray:
 
 
 def _source(state_dict: Any) -> common.Source:
-    fix = " Fix: module.state_dict()."
-    return common.source(state_dict, ".", _STATISTICS, "state_dict", fix)
+    arrays = common.mapping("state_dict", state_dict, " Fix: module.state_dict().")
+    # A counter alone is of a layer that has lost its statistics.
+    return common.Source(arrays, ".", common.owners(arrays, ".", (*_STATISTICS, _COUNT)))
