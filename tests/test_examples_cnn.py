@@ -115,11 +115,20 @@ def test_run_of_other_settings_is_refused(small, capsys):
 
 
 def test_batch_norm_learns_faster():
-    trained = trainer(train_cnn.SCRIPT, channels=(8, 16), steps=100)
-    trained.advance()
-    bn, plain = trained.log["metrics"]
-    assert bn["test_accuracy"] > 0.9
-    assert plain["test_accuracy"] < bn["test_accuracy"] - 0.05
+    """On average over the first 60 steps: 0.58 to 0.68 against 0.16 to 0.29 for eight seeds.
+
+    The accuracy at any one step is no measure: it jumps by 0.2, on other steps where another
+    processor rounds otherwise.
+    """
+    trained = trainer(train_cnn.SCRIPT, channels=(8, 16), steps=60, eval_every=10)
+    for _ in range(6):
+        trained.advance()
+    accuracy = {
+        name: np.mean([r["test_accuracy"] for r in trained.log["metrics"] if r["network"] == name])
+        for name in ("bn", "no-bn")
+    }
+    assert accuracy["bn"] > 0.5
+    assert accuracy["no-bn"] < accuracy["bn"] - 0.2
 
 
 # --- network ---------------------------------------------------------------
@@ -225,7 +234,7 @@ def test_folding_leaves_no_normalization():
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_killed_run_resumes_to_the_same_bits(tmp_path):
-    options = {"channels": (4,), "residual": True, "batch_size": 20, "eval_every": 4, "steps": 120}
+    options = {"channels": (4,), "residual": True, "batch_size": 20, "eval_every": 4, "steps": 80}
     run = LongRun(train_cnn.SCRIPT, options, tmp_path / "whole")
     run.complete()
     run.kill_at([lambda folder: evaluations(folder) >= 4], tmp_path)
