@@ -205,7 +205,15 @@ def _statistics(
     initial = _modules.initial(shape, dtype, counted=norm.needs_count)
     if not layer.is_initializing():
         _require(layer, initial, inference)
-    return {name: layer.variable(_STATS, name, init) for name, init in initial.items()}
+    variables = {name: layer.variable(_STATS, name, init) for name, init in initial.items()}
+    for name, variable in variables.items():
+        if jnp.shape(variable.value) != shape:
+            raise ValueError(
+                f"`{'/'.join((_STATS, *layer.path, name))}` must have the shape of the feature "
+                f"axes of `x`, {shape}, got {jnp.shape(variable.value)}. Fix: the variables of "
+                f"this layer, or the right `axis`, which is {layer.axis}."
+            )
+    return variables
 
 
 def _require(layer: Any, names: Any, inference: Any) -> None:

@@ -101,6 +101,21 @@ def test_difference_evaluation_without_statistics(mutable, missing):
         nn.BatchNorm(use_running_average=True).apply(given, X, mutable=mutable)
 
 
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_statistics_of_another_shape_are_named(name):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return linen.BatchNorm(use_running_average=True, name="bn")(x)
+
+    variables = Net().init(KEY, X)
+    variables["batch_stats"]["bn"][name] = jnp.ones(7)
+    with pytest.raises(
+        ValueError, match=rf"`batch_stats/bn/{name}` must .*\(4,\), got \(7,\)\. Fix"
+    ):
+        Net().apply(variables, X)
+
+
 def test_difference_fast_variance_has_no_effect():
     """(g) Bit for bit; in flax the two disagree."""
     x = X + 100

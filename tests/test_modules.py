@@ -103,6 +103,17 @@ def test_linen_is_nnx_where_dtypes_promote(x_dtype, options):
     chex.assert_trees_all_equal(layer.var[...], new["batch_stats"]["var"])
 
 
+@pytest.mark.parametrize("linen, module", [(nn, nnx), (bnjax.linen, bnjax.nnx)])
+@pytest.mark.parametrize("train", [True, False])
+def test_without_dtype_linen_and_nnx_promote_as_flaxs_do(linen, module, train):
+    """nnx with the statistics too: no reason but flax, where the two differ in this."""
+    x, narrow = arrays(-1, jnp.bfloat16)[0], {"param_dtype": jnp.bfloat16}
+    options = {"use_running_average": not train, **narrow}
+    y, _ = linen.BatchNorm(**options).init_with_output(jax.random.key(0), x)
+    z = module.BatchNorm(SHAPE[-1], rngs=nnx.Rngs(0), **options)(x)
+    assert (y.dtype, z.dtype) == (jnp.bfloat16, jnp.float32)
+
+
 def without_names(text):
     """The computations of a compiled program less names and source lines."""
     text = text[re.search(r"(?m)^%", text).start() :]

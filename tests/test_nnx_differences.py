@@ -220,3 +220,14 @@ def test_difference_metadata_of_statistics():
     assert layer.mean.out_sharding == layer.var.out_sharding == ("model",)
     with pytest.raises(TypeError, match="statistics_metadata"):
         make(nnx.BatchNorm, statistics_metadata={})
+
+
+def test_difference_no_features_and_lists():
+    """flax normalizes nothing, and takes arrays only."""
+    assert nnx.BatchNorm(0, rngs=nnx.Rngs(0))(jnp.ones((4, 0))).shape == (4, 0)
+    with pytest.raises(ValueError, match="`num_features` must be positive, got 0"):
+        BatchNorm(0, rngs=nnx.Rngs(0))
+    rows = [[1.0, 2.0], [3.0, 4.0]]
+    with pytest.raises(AttributeError, match="ndim"):
+        nnx.BatchNorm(2, rngs=nnx.Rngs(0))(rows)
+    assert BatchNorm(2, rngs=nnx.Rngs(0))(rows).shape == (2, 2)
