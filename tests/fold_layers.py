@@ -1,11 +1,20 @@
-"""What to fold: statistics, and layers of every layout by lax; normalization in NumPy."""
+"""What to fold: statistics, layers of every layout by lax, small models; the layer in NumPy."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tolerances
+from flax import linen as nn
+from flax import nnx
 from jax import lax
 
 import bnjax
+import bnjax.nnx
+
+KEY = jax.random.key(0)
+ROWS = np.random.default_rng(0).normal(1, 1, (11, 3)).astype(np.float32)
 
 
 def trained(tree):
@@ -26,6 +35,51 @@ def trained(tree):
         return jnp.asarray(noise, leaf.dtype)
 
     return jax.tree.map_with_path(fill, tree)
+
+
+class Mini(nn.Module):
+    """A network as one function of its input."""
+
+    f: Callable
+
+    @nn.compact
+    def __call__(self, x, **call):
+        return self.f(x, **call)
+
+
+def mini(f, x=ROWS):
+    model = Mini(f)
+    return model, trained(jax.eval_shape(model.init, KEY, x))
+
+
+def assert_same(folded, model, variables, *args, **kwargs):
+    y = folded.apply(folded.variables, *args, **kwargs)
+    expected = model.apply(variables, *args, **kwargs)
+    assert [v.dtype for v in jax.tree.leaves(y)] == [v.dtype for v in jax.tree.leaves(expected)]
+    tolerances.assert_close(y, expected, np.float32, 64)
+
+
+class Few(nnx.Module):
+    def __init__(self, call, norm=bnjax.nnx.BatchNorm, **options):
+        rngs = nnx.Rngs(0)
+        self.dense, self.other = (nnx.Linear(3, 3, rngs=rngs) for _ in range(2))
+        self.norm = norm(3, rngs=rngs, **options)
+        self.call = call
+
+    def __call__(self, x):
+        return self.call(self, x)
+
+
+def few(call, **options):
+    model = Few(call, **options)
+    nnx.update(model, trained(nnx.state(model)))
+    model.eval()
+    return model
+
+
+def quickly(function):
+    """Compiled without optimization, which takes seconds for convolutions in float64."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 SPATIAL = {1: (12,), 2: (8, 7), 3: (6, 5, 4)}
@@ -104,6 +158,10 @@ class Case:
             x, kernel, strides, self.padding, dimension_numbers=self.numbers,
             feature_group_count=self.groups, **options,
         )  # fmt: skip
+
+    def exact(self, x, kernel):
+        """The call in float64."""
+        return quickly(self.__call__)(*(jnp.asarray(v, jnp.float64) for v in (x, kernel)))
 
     def add(self, y, bias):
         shape = [1] * y.ndim

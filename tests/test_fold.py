@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tolerances
 from flax import linen as nn
-from fold_layers import EXACT, LAYERS, Case, normalize, statistics
+from fold_layers import EXACT, LAYERS, Case, normalize, quickly, statistics
 
 import bnjax
 from bnjax import fold
@@ -30,7 +30,7 @@ def test_into_previous(x64, case):
     params, state, epsilon = statistics(case.outputs)
     a = fold.affine(params, state, epsilon=epsilon)
     new, new_bias = fold.into_previous(kernel, bias, a, **case.axes)
-    y, expected = case(x, new), case(x.astype(jnp.float64), kernel.astype(jnp.float64))
+    y, expected = case(x, new), case.exact(x, kernel)
     assert new.shape == kernel.shape and new_bias.shape == (case.outputs,)
     for given, found in (
         (bias, new_bias),
@@ -48,7 +48,7 @@ def test_into_next(x64, case):
     axes = case.axes if case.dense else {**case.axes, "padding": case.padding}
     new, new_bias = fold.into_next(a, kernel, bias, **axes)
     normal = normalize(np.asarray(x, np.float64), params, state, epsilon, case.axis)
-    y, expected = case(x, new), case(jnp.asarray(normal), kernel.astype(jnp.float64))
+    y, expected = case(x, new), case.exact(normal, kernel)
     assert new.shape == kernel.shape and new_bias.shape == (case.outputs,)
     for given, found in ((bias, new_bias), (None, fold.into_next(a, kernel, None, **axes)[1])):
         assert_as_good(case, case.add(y, found), case.add(expected, given))
@@ -76,8 +76,9 @@ def test_borders(kind, padding, size, strides, dilation):
         layout = Layout(padding=padding, input_dilation=(strides,) * 2, transposed=True)
     kernel = np.random.default_rng(0).random((size, size, 1, 1)).astype(np.float32) + 1
     constant = []
-    for n in (9, 10, 11):
-        y = layer.apply({"params": {"kernel": kernel}}, jnp.ones((1, n, n + 2, 1)))
+    inputs = [np.ones((1, n, n + 2, 1), np.float32) for n in (9, 10, 11)]
+    run = quickly(lambda xs: [layer.apply({"params": {"kernel": kernel}}, x) for x in xs])
+    for y in run(inputs):
         constant.append(bool(np.ptp(y) < 1e-5))
         if constant[-1]:
             np.testing.assert_allclose(y, kernel.sum(), rtol=1e-5)
@@ -187,7 +188,7 @@ def test_large_means_before(x64, mean, source):
     params, state, epsilon = statistics(16, mean)
     if source == "inputs":
         x = x + mean
-    y = np.asarray(case(x.astype(jnp.float64), kernel.astype(jnp.float64)))
+    y = np.asarray(case.exact(x, kernel))
     if source == "bias":
         bias = state.mean
     else:
@@ -212,7 +213,7 @@ def test_large_means_after(x64, mean):
     params, state, epsilon = statistics(16, mean)
     x = x + state.mean.reshape(1, 1, 1, -1)
     normal = normalize(np.asarray(x, np.float64), params, state, epsilon, -1)
-    expected = case(jnp.asarray(normal), kernel.astype(jnp.float64))
+    expected = case.exact(normal, kernel)
     a = fold.affine(params, state, epsilon=epsilon)
     new, new_bias = fold.into_next(a, kernel, None, padding="VALID")
     plain = case(evaluation(params, state, epsilon)(x), kernel)

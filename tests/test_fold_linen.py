@@ -1,7 +1,6 @@
 """bnjax.fold.linen: what is folded, what is not and why, and the folded call."""
 
 import functools
-from collections.abc import Callable
 
 import flax
 import jax
@@ -10,35 +9,15 @@ import numpy as np
 import pytest
 import tolerances
 from flax import linen as nn
-from fold_layers import trained
+from fold_layers import KEY, ROWS, Mini, mini, trained
 from jax.ad_checkpoint import checkpoint_name
 
 import bnjax
 import bnjax.linen
 from bnjax import fold
 
-RNG = np.random.default_rng(0)
-KEY = jax.random.key(0)
-
-
-class Mini(nn.Module):
-    """A network as one function of its input."""
-
-    f: Callable
-
-    @nn.compact
-    def __call__(self, x, **call):
-        return self.f(x, **call)
-
-
 BN = functools.partial(bnjax.linen.BatchNorm, True)
 Dense = functools.partial(nn.Dense, 3)
-ROWS = RNG.normal(1, 1, (11, 3)).astype(np.float32)
-
-
-def mini(f, x=ROWS):
-    model = Mini(f)
-    return model, trained(jax.eval_shape(model.init, KEY, x))
 
 
 def twice(x):
@@ -50,9 +29,20 @@ def both_sides(x):
     return BN(name="b")(Dense(name="d")(BN(name="a")(x)))
 
 
-MASK = RNG.random((1, 3, 3)) < 0.5
+MASK = np.random.default_rng(0).random((1, 3, 3)) < 0.5
+
+
+def with_own_gradient(x):
+    dense = nn.custom_vjp(
+        lambda m, x: m(x),
+        forward_fn=lambda m, x: nn.vjp(lambda m, x: m(x), m, x),
+        backward_fn=lambda vjp, g: vjp(g),
+    )
+    return BN()(dense(Dense(), x))
+
 
 FOLDED = {
+    "own gradient": with_own_gradient,
     "one layer called twice": twice,
     "on both sides": both_sides,
     "without scale and bias": lambda x: BN(use_scale=False, use_bias=False)(Dense()(x)),
@@ -149,7 +139,7 @@ KEPT = {
     "called without": (sometimes, "the output of Dense_0 also goes to `add`"),
     "own dot": (lambda x: BN()(Dense(dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k))(x)),
                 "Dense_0 has a `dot_general` of its own"),
-    "own call": (lambda x: OwnCall(True)(Dense()(x)), "is a OwnCall with a call of its own"),
+    "own call": (lambda x: OwnCall(True)(Dense()(x)), "is a OwnCall with a `__call__` of its own"),
     "mixing norm": (lambda x: BN(norm=mixing())(Dense()(x)), "not one finite scale and shift"),
     "zeros at the borders": (lambda x: nn.Conv(3, (3,))(BN()(x)), "padding='SAME' sees zeros"),
     "kernel computed": (lambda x: BN()(nn.WeightNorm(Dense())(x)),
@@ -250,9 +240,9 @@ def test_training():
     folded = fold.linen(model, variables, ROWS, False)
     with pytest.raises(ValueError, match="'b' must be called with use_running_average=True"):
         folded.apply(folded.variables, ROWS, True)
-    with pytest.raises(ValueError, match="'b' is folded, and takes no mask"):
+    with pytest.raises(ValueError, match=r"'b' is folded into 'd'.*: b is called with a mask"):
         folded.apply(folded.variables, ROWS, False, mask=jnp.ones((11, 1), bool))
-    with pytest.raises(ValueError, match="'b' is folded into 'd', and must be called with it"):
+    with pytest.raises(ValueError, match=r"'b' is folded into 'd'.*'b' is called without 'd'"):
         folded.apply(folded.variables, ROWS, False, skip=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 import tolerances
 from flax import linen as nn
 from flax import nnx
-from fold_layers import trained
+from fold_layers import KEY, ROWS, few, quickly, trained
 
 import bnjax
 import bnjax.linen
@@ -21,7 +21,6 @@ from bnjax import fold
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 1, (4, 11, 11, 3)).astype(np.float32)
-KEY = jax.random.key(0)
 
 
 class LinenNet(nn.Module):
@@ -138,7 +137,7 @@ def test_network(x64, make, norm):
     plain, folded, _, _ = make(norm)
     assert jax.tree.leaves(folded[1])[0].dtype == jnp.float32
     run, tree = plain
-    expected = np.asarray(jax.jit(run)(wide(tree), X.astype(np.float64)))
+    expected = np.asarray(quickly(run)(wide(tree), X.astype(np.float64)))
     assert expected.dtype == np.float64
     errors = [tolerances.error(jax.jit(run)(tree, X), expected) for run, tree in (folded, plain)]
     assert errors[0] <= max(3 * errors[1], tolerances.values(np.float32, 144))
@@ -168,27 +167,6 @@ def test_program(make, norm):
 
 
 # --- nnx ---------------------------------------------------------------------------------
-
-
-class Few(nnx.Module):
-    def __init__(self, call, norm=bnjax.nnx.BatchNorm, **options):
-        rngs = nnx.Rngs(0)
-        self.dense, self.other = (nnx.Linear(3, 3, rngs=rngs) for _ in range(2))
-        self.norm = norm(3, rngs=rngs, **options)
-        self.call = call
-
-    def __call__(self, x):
-        return self.call(self, x)
-
-
-ROWS = X[0, 0]
-
-
-def few(call, **options):
-    model = Few(call, **options)
-    nnx.update(model, trained(nnx.state(model)))
-    model.eval()
-    return model
 
 
 def nnx_tied(model, x):
@@ -238,10 +216,10 @@ def test_nnx_shared_variable():
     model = few(lambda m, x: m.norm(m.dense(x)) + m.other(x))
     assert fold.nnx(model, ROWS).folded == {"norm": "dense"}
     model.other.kernel = model.dense.kernel
-    with pytest.raises(ValueError, match="`kernel` of dense is also read by other"):
+    with pytest.raises(ValueError, match="`kernel` of dense is also held by other"):
         fold.nnx(model, ROWS)
     model.norm.scale = model.other.bias
-    with pytest.raises(ValueError, match="`scale` of norm is also read by"):
+    with pytest.raises(ValueError, match="`scale` of norm is also held by other"):
         fold.nnx(model, ROWS)
 
 

@@ -14,10 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 # Of each only the body is of interest, and it runs once.
-_INLINED = (
-    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-)
+_INLINED = ("jit", "remat2", "custom_jvp_call", "custom_vjp_call")
 _TRANSPARENT = ("name", "sharding_constraint")
 _MARK = re.compile(r"bnjax\.fold (\d+) (\w+)")
 
@@ -48,7 +45,7 @@ class Flow:
         self.marks: dict[tuple[int, str], list[Mark]] = defaultdict(list)
         self.marked: dict[int, tuple[int, str]] = {}
         self.arguments = [self._new() for _ in closed.jaxpr.invars]
-        self.outputs = frozenset(self._walk(closed.jaxpr, self.arguments))
+        self.results = self._walk(closed.jaxpr, self.arguments)
 
     def _new(self) -> int:
         self.values += 1
@@ -91,11 +88,8 @@ class Flow:
 def _body(eqn: Any) -> Any:
     if eqn.primitive.name not in _INLINED:
         return None
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if name in eqn.params:
-            body = eqn.params[name]
-            return getattr(body, "jaxpr", body)
-    return None
+    body = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+    return getattr(body, "jaxpr", body)
 
 
 def _mark_of(eqn: Any) -> tuple[int, str] | None:

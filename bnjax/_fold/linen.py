@@ -1,24 +1,27 @@
 """Folding a flax.linen model: its source still calls BatchNorm, which interceptors pass by."""
 
+import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict, freeze
+from flax.core import DenyList, FrozenDict, freeze
+from flax.core.scope import union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax._fold import models, planning
-from bnjax.linen import BatchNorm
+from bnjax import linen
+from bnjax._fold import models, planning, tracing
 
-_NORMS = (BatchNorm, nn.BatchNorm)
+_NORMS = (linen.BatchNorm, nn.BatchNorm)
 _LAYERS: dict[Any, models.Kind] = {
     nn.Dense: "dense",
     nn.Conv: "conv",
     nn.ConvTranspose: "transposed",
 }
-
+_STATISTICS = ("count", "mean", "var")
+_NUMBERS = itertools.count()
 
 _FIX = "evaluate, as with train=False in the call"
 
@@ -36,12 +39,31 @@ class LinenFold(NamedTuple):
     kept: dict[str, str]
 
 
-class _Sites(NamedTuple):
-    """What differs in the folded model, by path."""
+def _intercepted(
+    intercept: Callable[..., Any],
+    model: nn.Module,
+    variables: Any,
+    args: Any,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """`model.apply(variables, *args, **kwargs)` with calls of layers intercepted."""
+    if linen._converted.value:
+        raise ValueError(
+            "a model must be folded, and a folded one applied, outside of "
+            "`bnjax.linen.convert()`, which hides the layers. Fix: leave the context; layers "
+            "of flax are folded, too."
+        )
+    with nn.intercept_methods(intercept):
+        return model.apply(variables, *args, **kwargs)
 
-    biases: frozenset[str]  # layers that had no bias
-    layers: dict[str, str]  # of each norm that is gone
-    dtypes: dict[str, Any]  # of its output
+
+def _with(mutable: Any, name: str) -> Any:
+    """A filter of collections that lets one more through, or where it lets all, not that one."""
+    if mutable is True:
+        return DenyList(name)
+    if isinstance(mutable, DenyList):
+        return DenyList(union_filters(mutable.deny, name))
+    return union_filters(mutable, name)
 
 
 def fold(
@@ -52,27 +74,50 @@ def fold(
     pairs: planning.Pairs | None,
 ) -> LinenFold:
     """See `bnjax.fold.linen`."""
-    found = _trace(model, variables, args, kwargs)
-    folds, kept = planning.plan(found, pairs)
+    found, norms = _trace(model, variables, args, kwargs)
     flat = flatten_dict(variables, keep_empty_nodes=True)
-    biases = set()
-    for path, (layer, affines) in planning.by_layer(found, folds).items():
-        keys = [("params", *path.split("/"), name) for name in ("kernel", "bias")]
-        old = [flat.get(key) for key in keys]
-        kernel, bias = map(_array, old)
-        new = models.fold_parameters(path, layer, kernel, bias, affines)
-        flat.update((key, _replaced(o, n)) for key, o, n in zip(keys, old, new, strict=True))
-        if old[1] is None:
-            biases.add(path)
+
+    def value(path: str, name: str) -> Any:
+        return _array(flat[_key(path, name)])
+
+    maps = {}
+    for path, norm in norms.items():
+        names = {name for call in found.calls if call.path == path for name in call.parameters}
+        maps[path] = models.norm_map(norm, {name: value(path, name) for name in names})
+    found = found._replace(maps=maps)
+    folds, kept = planning.plan(found, pairs)
+    for path, (call, affines) in planning.by_layer(found, folds).items():
+        assert call.layer is not None
+        old = {name: value(path, name) for name in call.parameters}
+        new = models.fold_parameters(path, call.layer, old["kernel"], old.get("bias"), affines)
+        for name, array in zip(("kernel", "bias"), new, strict=True):
+            key = _key(path, name)
+            flat[key] = _replaced(flat[key] if name in old else None, array)
+    for f in folds:
+        for name in found.call(f.norm).parameters:
+            del flat[_key(f.norm, name)]
+    tree = unflatten_dict(flat)
+    apply = _apply(model, variables, found, folds, tracing.signature((args, kwargs)))
     layers = {f.norm: f.layer for f in folds}
-    gone = tuple(tuple(path.split("/")) for path in layers)
-    tree = unflatten_dict(
-        {k: v for k, v in flat.items() if not any(k[1 : 1 + len(g)] == g for g in gone)}
-    )
-    dtypes = {call.path: call.dtype for call in found.calls if call.path in layers}
-    apply = _apply(model, _Sites(frozenset(biases), layers, dtypes))
     return LinenFold(apply, freeze(tree) if isinstance(variables, FrozenDict) else tree,
                      layers, kept)  # fmt: skip
+
+
+def _collection(name: str) -> str:
+    return "batch_stats" if name in _STATISTICS else "params"
+
+
+def _key(path: str, name: str) -> tuple[str, ...]:
+    """Of a variable in the flat tree."""
+    return (_collection(name), *filter(None, path.split("/")), name)
+
+
+def _names(module: Any, kind: str) -> list[str]:
+    """The variables that a layer reads, of which the tree may hold more."""
+    if kind != "norm":
+        return ["kernel"] + ["bias"] * module.use_bias
+    names = [*_STATISTICS, *["scale"] * module.use_scale, *["bias"] * module.use_bias]
+    return names if module.has_variable("batch_stats", "count") else names[1:]
 
 
 def _array(box: Any) -> Any:
@@ -86,97 +131,103 @@ def _replaced(box: Any, value: jax.Array) -> Any:
 
 def _trace(
     model: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> planning.Model:
-    recorder = planning.Recorder()
+) -> tuple[planning.Model, dict[str, nn.Module]]:
+    """What a call does, of arrays or their shapes; and the normalizations by path."""
+    recorder = tracing.Recorder()
     norms: dict[str, nn.Module] = {}
 
-    def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(proceed: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, kind = context.module, _kind(context)
         if kind is None:
-            return run(*args, **kwargs)
+            return proceed(*args, **kwargs)
         path = "/".join(module.path)
         x, rest, named = models.split(args, kwargs)
-        if kind == "norm":
+        if kind[0] == "norm":
             norms[path] = module
-            plain = any(type(module).__call__ is cls.__call__ for cls in _NORMS)
-            call = planning.norm_call(module, path, x, rest, named, plain, _FIX)
-            names = [("batch_stats", n) for n in ("mean", "var", "count")]
-            names += [("params", n) for n in ("scale", "bias")]
+            why = models.own_method(type(module), kind[1], path)
+            call = tracing.norm_call(module, why, path, x, rest, named, _FIX)
         else:
-            call = planning.layer_call(module, path, kind)
-            names = [("params", n) for n in ("kernel", "bias")]
+            call = tracing.layer_call(module, kind[1], path, kind[0])
         parameters = {
-            name: nn.meta.unbox(module.get_variable(collection, name))
-            for collection, name in names
-            if module.has_variable(collection, name)
+            name: nn.meta.unbox(module.get_variable(_collection(name), name))
+            for name in _names(module, kind[0])
+            if module.has_variable(_collection(name), name)
         }
-        return recorder.run(call, parameters, lambda x: run(x, *rest, **named), x)
+        return recorder.run(call, parameters, lambda x: proceed(x, *rest, **named), x)
 
-    def evaluate(variables: Any, args: Any, kwargs: Any) -> Any:
-        with nn.intercept_methods(intercept):
-            return model.apply(variables, *args, **kwargs)
-
-    flow, ids = planning.trace(evaluate, variables, args, kwargs)
-    stored, values = {}, {}
-    numbered = flatten_dict(ids)
-    for keys, box in flatten_dict(variables).items():
-        if keys[0] in ("params", "batch_stats") and len(jax.tree.leaves(box)) == 1:
-            key = "/".join(keys[1:-1]), keys[-1]
-            values[key] = _array(box)
-            stored[key] = _array(numbered[keys]), values[key].shape
-    affines = {
-        path: models.norm_affine(module, {n: v for (p, n), v in values.items() if p == path})
-        for path, module in norms.items()
-    }
-    return planning.Model(flow, recorder.calls, stored, affines)
+    flow, ids, results = tracing.trace(
+        lambda variables, args, kwargs: _intercepted(intercept, model, variables, args, kwargs),
+        variables, args, kwargs,
+    )  # fmt: skip
+    shapes = flatten_dict(variables)
+    stored = {}
+    for keys, number in flatten_dict(ids).items():
+        path, name = "/".join(keys[1:-1]), keys[-1]
+        if _key(path, name) == keys and len(jax.tree.leaves(number)) == 1:
+            stored[path, name] = planning.Stored(_array(number), _array(shapes[keys]).shape)
+    outputs = frozenset(jax.tree.leaves(results))
+    return planning.Model(flow, outputs, recorder.calls, stored, {}), norms
 
 
-def _kind(context: Any) -> models.Kind | Literal["norm"] | None:
-    """Norm, or the kind of a layer whose call is flax's own; None for anything else."""
+def _kind(context: Any) -> tuple[Any, type] | None:
+    """Norm or the kind of a layer whose call is flax's own, and the class; None for others."""
     if context.method_name != "__call__":
         return None
-    if isinstance(context.module, _NORMS):
-        return "norm"
-    for cls, kind in _LAYERS.items():
-        if isinstance(context.module, cls) and type(context.module).__call__ is cls.__call__:
-            return kind
+    norm, base = (models.base_of(context.module, classes) for classes in (_NORMS, _LAYERS))
+    if norm is not None:
+        return "norm", norm
+    if base is not None and type(context.module).__call__ is base.__call__:
+        return _LAYERS[base], base
     return None
 
 
-def _apply(model: nn.Module, sites: _Sites) -> Callable[..., Any]:
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        called = set()
+def _apply(
+    model: nn.Module, variables: Any, found: planning.Model, folds: list[planning.Fold], key: Any
+) -> Callable[..., Any]:
+    """The folded model, whose calls must have the data flow that was found, or one as good."""
+    maps, gone = found.maps, {f.norm for f in folds}
+    name = f"bnjax.fold {next(_NUMBERS)}"
+    biases = {f.layer for f in folds if "bias" not in found.call(f.layer).parameters}
+    shapes = tracing.shapes(variables)
+    checked = {key: _dtypes(found)}
 
-        def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            path = "/".join(context.module.path)
+    def check(args: Any, kwargs: Any) -> dict[str, Any]:
+        key = tracing.signature((args, kwargs))
+        if key is None or key not in checked:
+            this = _trace(model, shapes, args, kwargs)[0]._replace(maps=maps)
+            planning.check(this, folds)
+            checked[key] = _dtypes(this)
+        return checked[key]
+
+    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        dtypes = check(args, kwargs)
+        for key in flatten_dict(variables).keys() & {_key(norm, "mean") for norm in gone}:
+            raise ValueError(
+                "`variables` must be those of the folded model, got some with "
+                f"{'/'.join(key)!r}. Fix: folded.apply(folded.variables, ...)."
+            )
+
+        def intercept(proceed: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             if _kind(context) is None:
-                return run(*args, **kwargs)
-            called.add(path)
-            if path in sites.layers:
-                return _pass(context.module, path, sites.dtypes[path], args, kwargs)
-            y = run(*args, **kwargs)
-            if path not in sites.biases:
+                return proceed(*args, **kwargs)
+            path = "/".join(context.module.path)
+            if path in gone:
+                return jnp.asarray(models.split(args, kwargs)[0]).astype(dtypes[path])
+            y = proceed(*args, **kwargs)
+            if path not in biases:
                 return y
             bias = nn.meta.unbox(context.module.get_variable("params", "bias"))
             return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
-        with nn.intercept_methods(intercept):
-            y = model.apply(variables, *args, **kwargs)
-        for norm in sites.layers.keys() & called:
-            if sites.layers[norm] not in called:
-                raise ValueError(
-                    f"{norm!r} is folded into {sites.layers[norm]!r}, and must be called with it; "
-                    "this call reached only the first. Fix: fold with the inputs of this call."
-                )
-        return y
+        mutable = kwargs.get("mutable", False)
+        kwargs = {**kwargs, "mutable": _with(mutable, name)}
+        y, state = _intercepted(intercept, model, variables, args, kwargs)
+        both = mutable is not False or kwargs.get("capture_intermediates", False)
+        return (y, state) if both else y
 
     return apply
 
 
-def _pass(module: Any, path: str, dtype: Any, args: Any, kwargs: dict[str, Any]) -> jax.Array:
-    """A normalization that is folded: its input, in the dtype that its output had."""
-    x, rest, named = models.split(args, kwargs)
-    models.require_inference(module, repr(path), rest, named, _FIX)
-    if named.get("mask") is not None:
-        raise ValueError(f"{path!r} is folded, and takes no mask.")
-    return jnp.asarray(x).astype(dtype)
+def _dtypes(found: planning.Model) -> dict[str, Any]:
+    """Of the outputs of the normalizations."""
+    return {call.path: call.dtype for call in found.calls if call.layer is None}

@@ -1,6 +1,6 @@
 """What folding reads off layers of linen and nnx, by the attributes that both have."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -39,15 +39,38 @@ def layer(module: Any, kind: Kind) -> Layer:
     return Layer(Layout(*axes, 1, module.padding, dilation, True), module.mask)
 
 
-def layer_refusal(module: Any, path: str) -> str | None:
+def base_of(module: Any, bases: Iterable[type]) -> type | None:
+    """That class of a library which a layer is or derives from."""
+    return next((base for base in bases if isinstance(module, base)), None)
+
+
+def own_method(cls: type, base: type, path: str) -> str | None:
+    """Layers that derive from those of a library, and do something else in its place."""
+    fields = getattr(base, "__dataclass_fields__", {})
+    derived = cls.__mro__[: cls.__mro__.index(base)]
+    for name, value in (item for c in derived for item in vars(c).items()):
+        special = name.startswith("__") and name not in ("__call__", "__getattribute__")
+        replaces = hasattr(base, name) and name not in fields and not special
+        if replaces and (callable(value) or isinstance(value, property)):
+            return f"{path} is a {cls.__name__} with a `{name}` of its own"
+    return None
+
+
+def layer_refusal(module: Any, base: type, path: str) -> str | None:
     """Layers that may compute something else than a product with their kernel."""
     plain = (None, lax.dot_general, lax.conv_general_dilated)
-    for name in ("dot_general", "dot_general_cls", "conv_general_dilated"):
+    for name in (
+        "dot_general",
+        "dot_general_cls",
+        "conv_general_dilated",
+        "conv_general_dilated_cls",
+    ):
         if not any(getattr(module, name, None) is value for value in plain):
             return f"{path} has a `{name}` of its own"
-    if getattr(module, "conv_general_dilated_cls", None) is not None:
-        return f"{path} has a `conv_general_dilated_cls` of its own"
-    return None
+    promote = getattr(module, "promote_dtype", None)
+    if promote is not None and not getattr(promote, "__module__", "").startswith("flax."):
+        return f"{path} has a `promote_dtype` of its own"
+    return own_method(type(module), base, path)
 
 
 def norm_refusal(module: Any, path: str, shape: tuple[int, ...], mask: Any) -> str | None:
@@ -81,7 +104,14 @@ def require_inference(
         )
 
 
-def norm_affine(module: Any, variables: Mapping[str, Any]) -> Affine | str:
+class Map(NamedTuple):
+    """A normalization at inference, and its largest mean in deviations; None if traced."""
+
+    affine: Affine
+    deviations: float | None
+
+
+def norm_map(module: Any, variables: Mapping[str, Any]) -> Map | str:
     """The map of a layer, from its variables by name; or why there is none."""
     params = BNParams(variables.get("scale"), variables.get("bias"))
     mean = jnp.asarray(variables["mean"])
@@ -90,10 +120,21 @@ def norm_affine(module: Any, variables: Mapping[str, Any]) -> Affine | str:
     norm = getattr(module, "norm", None)
     try:
         if norm is None:
-            return kernels.affine(params, state, epsilon=module.epsilon)
-        return _probe(norm, params, state)
+            affine = kernels.affine(params, state, epsilon=module.epsilon)
+        else:
+            affine = _probe(norm, params, state)
     except ValueError as error:
         return str(error)
+    return Map(affine, _deviations(affine, params, mean))
+
+
+def _deviations(a: Affine, params: BNParams, mean: Any) -> float | None:
+    if not all(_checks.is_concrete(v) for v in (a.scale, params.scale, mean)):
+        return None
+    # scale = gamma / deviation; a channel of gamma 0 is constant, and its mean costs nothing.
+    gamma = np.ones(()) if params.scale is None else np.abs(np.asarray(params.scale, np.float64))
+    inverse = np.divide(np.abs(a.scale), gamma, out=np.zeros_like(a.scale), where=gamma > 0)
+    return float(np.max(np.abs(np.asarray(mean, np.float64)) * inverse, initial=0.0))
 
 
 def _probe(norm: Norm, params: BNParams, state: BNState) -> Affine:

@@ -1,12 +1,13 @@
 """Folding a flax.nnx model: a copy, whose normalizations become identities."""
 
-from typing import Any, Literal, NamedTuple
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bnjax._fold import models, planning
+from bnjax._fold import models, planning, tracing
 from bnjax.nnx import BatchNorm
 
 _NORMS = (BatchNorm, nnx.BatchNorm)
@@ -15,7 +16,6 @@ _LAYERS: dict[Any, models.Kind] = {
     nnx.Conv: "conv",
     nnx.ConvTranspose: "transposed",
 }
-_Kind = models.Kind | Literal["norm"]
 _FIX = "model.eval()"
 
 
@@ -66,11 +66,12 @@ def fold(
     folds, kept = planning.plan(found, pairs)
     copy = nnx.clone(model)
     modules = _modules(copy)
-    for path, (described, affines) in planning.by_layer(found, folds).items():
+    for path, (call, affines) in planning.by_layer(found, folds).items():
+        assert call.layer is not None
         layer: Any = modules[path]
         values = _values(layer)
         kernel, bias = models.fold_parameters(
-            path, described, values["kernel"], values.get("bias"), affines
+            path, call.layer, values["kernel"], values.get("bias"), affines
         )
         layer.kernel[...] = kernel
         if "bias" in values:
@@ -78,8 +79,7 @@ def fold(
         else:
             layer.bias, layer.use_bias = nnx.Param(bias), True
     for f in folds:
-        dtype = next(call.dtype for call in found.calls if call.path == f.norm)
-        _become(modules[f.norm], Folded(dtype))
+        _become(modules[f.norm], Folded(found.call(f.norm).dtype))
     return NNXFold(copy, {f.norm: f.layer for f in folds}, kept)
 
 
@@ -91,58 +91,57 @@ def _become(module: nnx.Module, other: nnx.Module) -> None:
 
 
 def _trace(model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> planning.Model:
-    recorder, copy = planning.Recorder(), nnx.clone(model)
-    modules = _modules(copy)
-    for path, module in modules.items():
-        kind = _kind(module)
-        if kind is not None:
-            marked = _marked(type(module), kind, path, recorder)
+    recorder, copy = tracing.Recorder(), nnx.clone(model)
+    modules = _modules(model)
+    for path, module in _modules(copy).items():
+        marked = _marked(modules[path], path, recorder)
+        if marked is not None:
             object.__setattr__(module, "__class__", marked)
     graph, state = nnx.split(copy)
 
     def evaluate(state: Any, args: Any, kwargs: Any) -> Any:
         merged: Any = nnx.merge(graph, state)
-        y = merged(*args, **kwargs)
-        # What the model has sown is an output, too.
-        return y, nnx.state(merged, nnx.Intermediate)
+        return merged(*args, **kwargs), dict(nnx.to_flat_state(nnx.state(merged)))
 
-    flow, ids = planning.trace(evaluate, state, args, kwargs)
-    flat = zip(nnx.to_flat_state(state), nnx.to_flat_state(ids), strict=True)
-    stored = {
-        ("/".join(map(str, path[:-1])), str(path[-1])): (jax.tree.leaves(number)[0], value.shape)
-        for (path, variable), (_, number) in flat
-        for value in jax.tree.leaves(variable)[:1]
-    }
-    affines = {
-        path: models.norm_affine(modules[path], _values(modules[path]))
-        for path in dict.fromkeys(call.path for call in recorder.calls if call.layer is None)
-    }
-    return planning.Model(flow, recorder.calls, stored, affines)
+    flow, ids, (y, after) = tracing.trace(evaluate, state, args, kwargs)
+    before = dict(nnx.to_flat_state(ids))
+    # All that the call stores is an output, too, as far as it was not there before.
+    changed = [
+        leaf
+        for path, value in after.items()
+        for leaf in set(jax.tree.leaves(value)) - set(jax.tree.leaves(before.get(path)))
+    ]
+    holders = _holders(model)
+    stored = {}
+    for keys, variable in nnx.to_flat_state(state):
+        key = "/".join(map(str, keys[:-1])), str(keys[-1])
+        for number, array in zip(*map(jax.tree.leaves, (before[keys], variable)), strict=True):
+            stored[key] = planning.Stored(number, jnp.shape(array), holders.get(key))
+    norms = dict.fromkeys(call.path for call in recorder.calls if call.layer is None)
+    maps = {path: models.norm_map(modules[path], _values(modules[path])) for path in norms}
+    outputs = frozenset([*jax.tree.leaves(y), *changed])
+    return planning.Model(flow, outputs, recorder.calls, stored, maps)
 
 
-def _marked(cls: Any, kind: _Kind, path: str, recorder: planning.Recorder) -> type:
-    """A class like `cls` whose calls are recorded."""
+def _marked(original: Any, path: str, recorder: tracing.Recorder) -> type | None:
+    """A class like that of the original whose calls are recorded; None for what is no layer."""
+    cls: Any = type(original)
+    norm, base = (models.base_of(original, classes) for classes in (_NORMS, _LAYERS))
+    if norm is None and (base is None or cls.__call__ is not base.__call__):
+        return None
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         x, rest, named = models.split(args, kwargs)
-        if kind == "norm":
-            plain = any(cls.__call__ is norm.__call__ for norm in _NORMS)
-            seen = planning.norm_call(self, path, x, rest, named, plain, _FIX)
+        if norm is not None:
+            why = models.own_method(cls, norm, path)
+            seen = tracing.norm_call(self, why, path, x, rest, named, _FIX)
         else:
-            seen = planning.layer_call(self, path, kind)
+            assert base is not None
+            # The original has constants, such as the mask, where this one is traced.
+            seen = tracing.layer_call(original, base, path, _LAYERS[base])
         return recorder.run(seen, _values(self), lambda x: cls.__call__(self, x, *rest, **named), x)
 
     return type(cls.__name__, (cls,), {"__call__": call})
-
-
-def _kind(module: Any) -> _Kind | None:
-    """Norm, or the kind of a layer whose call is flax's own; None for anything else."""
-    if isinstance(module, _NORMS):
-        return "norm"
-    for cls, kind in _LAYERS.items():
-        if isinstance(module, cls) and type(module).__call__ is cls.__call__:
-            return kind
-    return None
 
 
 def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -151,6 +150,25 @@ def _modules(model: nnx.Module) -> dict[str, nnx.Module]:
         "/".join(map(str, path)): module
         for path, module in nnx.iter_graph(model)
         if isinstance(module, nnx.Module)
+    }
+
+
+def _holders(model: nnx.Module) -> dict[tuple[str, str], str]:
+    """For variables that several modules hold, by path and name, another one of these."""
+    held: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for path, module in _modules(model).items():
+        for name, value in vars(module).items():
+            leaves = jax.tree.leaves(
+                value, is_leaf=lambda v: isinstance(v, (nnx.Variable, nnx.Module))
+            )
+            for leaf in leaves:
+                if isinstance(leaf, nnx.Variable):
+                    held[id(leaf)].append((path, name))
+    return {
+        key: next(other for other in keys if other != key)[0] or "the model"
+        for keys in held.values()
+        for key in keys
+        if len(set(keys)) > 1
     }
 
 

@@ -1,17 +1,20 @@
 """Which normalization goes into which layer of a model, and why not; no Flax."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 
 from bnjax import _checks
-from bnjax._fold import layouts, models
-from bnjax._fold.flow import Flow, Mark, mark
+from bnjax._fold import layouts
+from bnjax._fold.flow import Flow, Mark
 from bnjax._fold.layouts import Affine
-from bnjax._fold.models import Layer
+from bnjax._fold.models import Map
+from bnjax._fold.tracing import Call
+
+# The layer after a normalization gets inputs that are not centred, and errs by 0.6 times their
+# means in deviations more. Up to this a float32 result stays within what its sums may err.
+_DEVIATIONS = 10
 
 Pairs = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -24,62 +27,30 @@ class Fold(NamedTuple):
     before: bool
 
 
-@dataclasses.dataclass
-class Call:
-    """One call of a layer or a normalization while the model was traced."""
+class Stored(NamedTuple):
+    """A variable of a model: its value in the flow, its shape, and who else holds it."""
 
-    path: str
-    layer: Layer | None  # None for a normalization
-    why: str | None = None  # it cannot be folded
-    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    dtype: Any = None
-
-
-def layer_call(module: Any, path: str, kind: models.Kind) -> Call:
-    """A call of a Dense or convolution."""
-    return Call(path, models.layer(module, kind), models.layer_refusal(module, path))
-
-
-def norm_call(
-    module: Any, path: str, x: Any, rest: Any, named: Mapping[str, Any], plain: bool, fix: str
-) -> Call:
-    """A call of a normalization, which must be evaluation; plain: as its library wrote it."""
-    if not plain:
-        return Call(path, None, f"{path} is a {type(module).__name__} with a call of its own")
-    models.require_inference(module, repr(path), rest, named, fix)
-    return Call(path, None, models.norm_refusal(module, path, np.shape(x), named.get("mask")))
-
-
-class Recorder:
-    """Marks calls while a model is traced."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def run(
-        self, call: Call, parameters: Mapping[str, Any], function: Callable[[Any], Any], x: Any
-    ) -> jax.Array:
-        """`function(x)`, with marks at the parameters it reads, at its input and its output."""
-        index = len(self.calls)
-        self.calls.append(call)
-        for name, value in parameters.items():
-            call.shapes[name] = mark(value, index, name).shape
-        y = mark(function(mark(x, index, "in")), index, "out")
-        call.dtype = y.dtype
-        return y
+    value: int
+    shape: tuple[int, ...]
+    holder: str | None = None
 
 
 class Model(NamedTuple):
     """What a trace found: the data flow, the calls, and where variables are stored."""
 
     flow: Flow
+    outputs: frozenset[int]
     calls: list[Call]
-    stored: dict[tuple[str, str], tuple[int, tuple[int, ...]]]  # (path, name): value, shape
-    affines: dict[str, Affine | str]  # or why there is none
+    stored: dict[tuple[str, str], Stored]  # by path and name
+    maps: Mapping[str, Map | str]  # or why there is none
 
     def paths(self, *, norms: bool) -> list[str]:
         """Paths of the normalizations, or of the other layers, in order of calls."""
         return list(dict.fromkeys(c.path for c in self.calls if (c.layer is None) == norms))
+
+    def call(self, path: str) -> Call:
+        """The first call of a layer."""
+        return next(c for c in self.calls if c.path == path)
 
     def marks(self, path: str, side: str) -> list[Mark]:
         """Where calls of `path` are marked."""
@@ -87,35 +58,37 @@ class Model(NamedTuple):
         return [m for marks in found for m in marks]
 
 
-def trace(function: Callable[..., Any], variables: Any, *rest: Any) -> tuple[Flow, Any]:
-    """The data flow of `function(variables, *rest)`, and its variables as values of the flow.
-
-    Arrays are traced; anything else is as it comes.
-    """
-    leaves, tree = jax.tree.flatten((variables, *rest))
-    kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
-
-    def call(*arrays: Any) -> Any:
-        values = dict(enumerate(leaves)) | dict(zip(traced, arrays, strict=True))
-        return function(*jax.tree.unflatten(tree, values.values()))
-
-    flow = Flow(call, [leaves[i] for i in traced])
-    ids = dict.fromkeys(range(len(leaves))) | dict(zip(traced, flow.arguments, strict=True))
-    return flow, jax.tree.unflatten(tree, ids.values())[0]
-
-
 def by_layer(
     model: Model, folds: Iterable[Fold]
-) -> dict[str, tuple[Layer, list[tuple[Affine, bool]]]]:
-    """For each layer that changes, its geometry, and the maps with True for those before it."""
-    result: dict[str, tuple[Layer, list[tuple[Affine, bool]]]] = {}
+) -> dict[str, tuple[Call, list[tuple[Affine, bool]]]]:
+    """For each layer that changes, a call of it, and the maps with True for those before it."""
+    result: dict[str, tuple[Call, list[tuple[Affine, bool]]]] = {}
     for fold in folds:
-        layer = next(c.layer for c in model.calls if c.path == fold.layer)
-        a = model.affines[fold.norm]
-        assert layer is not None and isinstance(a, Affine)
-        result.setdefault(fold.layer, (layer, []))[1].append((a, fold.before))
+        found = model.maps[fold.norm]
+        assert isinstance(found, Map)
+        affines = result.setdefault(fold.layer, (model.call(fold.layer), []))[1]
+        affines.append((found.affine, fold.before))
     return result
+
+
+def check(model: Model, folds: Iterable[Fold]) -> None:
+    """Raises ValueError where a call of a folded model is not what its folds are for."""
+    called = {call.path for call in model.calls}
+    for fold in folds:
+        pair = (fold.layer, fold.norm)
+        there = [path for path in pair if path in called]
+        if not there:
+            continue
+        if len(there) == 1:
+            other = pair[pair.index(there[0]) - 1]
+            why: str | None = f"{there[0]!r} is called without {other!r}"
+        else:
+            why = _refusal(model, fold)
+        if why is not None:
+            raise ValueError(
+                f"{fold.norm!r} is folded into {fold.layer!r}, which does not fit this call: "
+                f"{why}. Fix: fold with the arguments of this call."
+            )
 
 
 def plan(model: Model, pairs: Pairs | None) -> tuple[list[Fold], dict[str, str]]:
@@ -194,6 +167,8 @@ def _search(model: Model, norm: str) -> Fold | str:
         what = _text(model, step, "the model's output" if before else "the model's input")
         if what in model.paths(norms=False):
             reason = _refusal(model, Fold(what, norm, before))
+            if reason is None and before:
+                reason = _inaccurate(model, norm)
             if reason is None:
                 return Fold(what, norm, before)
         else:
@@ -208,49 +183,71 @@ def _refusal(model: Model, fold: Fold) -> str | None:
     why = _own(model, norm) or _own(model, layer) or _apart(model, first, second)
     if why is not None or not before:
         return why
-    call = next(c for c in model.calls if c.path == layer)
-    a = model.affines[norm]
-    assert call.layer is not None and isinstance(a, Affine)
+    call, found = model.call(layer), model.maps[norm]
+    assert call.layer is not None and isinstance(found, Map)
     if not _checks.is_concrete(call.layer.mask):
         return f"the mask of {layer} is computed in the model"
-    return layouts.borders(call.layer.layout, call.shapes["kernel"], a)
+    return layouts.borders(call.layer.layout, call.parameters["kernel"].shape, found.affine)
+
+
+def _inaccurate(model: Model, norm: str) -> str | None:
+    """Why the layer after it should not take a normalization in unless it is told to."""
+    found = model.maps[norm]
+    assert isinstance(found, Map)
+    if found.deviations is None:
+        what = "its statistics are traced, and unknown means may"
+    elif found.deviations > _DEVIATIONS:
+        what = f"its means of up to {found.deviations:.3g} deviations would"
+    else:
+        return None
+    return f"{what} cost accuracy there, unless `pairs` name it"
 
 
 def _own(model: Model, path: str) -> str | None:
     """Why a layer cannot be folded whatever is beside it."""
-    calls = [(i, c) for i, c in enumerate(model.calls) if c.path == path]
-    for index, call in calls:
+    calls = {i: c for i, c in enumerate(model.calls) if c.path == path}
+    for number, call in calls.items():
         if call.why is not None:
             return call.why
-        if not model.flow.marks[index, "out"]:
+        if not model.flow.marks[number, "out"]:
             return f"{path} is called inside a loop, a branch or another transformation"
-    if len({call.dtype for _, call in calls}) > 1:
+        for dtype in (call.dtype, *(v.dtype for n, v in call.parameters.items() if n != "count")):
+            if not jnp.issubdtype(dtype, jnp.floating):
+                return f"{path} computes in {dtype}"
+    if len({(c.layer is None, *c.parameters) for c in calls.values()}) > 1:
+        return f"{path} shares its scope with another layer"
+    if len({call.dtype for call in calls.values()}) > 1:
         return f"{path} is called with several dtypes"
-    for name in calls[0][1].shapes:
+    for name in model.call(path).parameters:
         why = _variable(model, path, name, calls)
         if why is not None:
             return why
-    found = model.affines.get(path)
+    found = model.maps.get(path)
     return found if isinstance(found, str) else None
 
 
-def _variable(model: Model, path: str, name: str, calls: list[tuple[int, Call]]) -> str | None:
+def _variable(model: Model, path: str, name: str, calls: dict[int, Call]) -> str | None:
     """Whether calls read the stored variable, and no one else does."""
-    value, shape = model.stored.get((path, name), (None, ()))
-    marks = [m for index, _ in calls for m in model.flow.marks[index, name]]
-    if any(m.read != value for m in marks) or any(c.shapes[name] != shape for _, c in calls):
+    stored = model.stored.get((path, name))
+    marks = [m for number in calls for m in model.flow.marks[number, name]]
+    if (
+        stored is None
+        or any(m.read != stored.value for m in marks)
+        or any(c.parameters[name].shape != stored.shape for c in calls.values())
+    ):
         return f"`{name}` of {path} is shared, stacked or computed, not its own stored variable"
-    assert value is not None
+    if stored.holder is not None:
+        return f"`{name}` of {path} is also held by {stored.holder}"
     spans = [
         (a.step, b.step)
-        for i, _ in calls
+        for i in calls
         for a, b in zip(model.flow.marks[i, "in"], model.flow.marks[i, "out"], strict=True)
     ]
     own = {m.step for m in marks}
-    for step in model.flow.readers[value]:
+    for step in model.flow.readers[stored.value]:
         if step not in own and not any(a < step < b for a, b in spans):
             return f"`{name}` of {path} is also read by {_text(model, step)}"
-    return f"`{name}` of {path} is also returned" if value in model.flow.outputs else None
+    return f"`{name}` of {path} is also returned" if stored.value in model.outputs else None
 
 
 def _apart(model: Model, first: str, second: str) -> str | None:
@@ -262,7 +259,7 @@ def _apart(model: Model, first: str, second: str) -> str | None:
         if m.read not in made:
             return f"the input of {second} comes from {_text(model, flow.maker.get(m.read))}"
     for value in made:
-        if value in flow.outputs:
+        if value in model.outputs:
             return f"the output of {first} is also an output of the model"
         for step in flow.readers[value]:
             if step not in steps:
