@@ -57,10 +57,9 @@ def linen(
 
     Raises:
       ValueError: a normalization that is called in training; nothing that can be
-      folded; pairs that are unknown or cannot be folded; within
-      `bnjax.linen.convert()`. From `apply`: a call, such as of another method or
-      with other flags, in which layer and normalization do not go together as
-      above; variables that are not the folded ones.
+      folded; pairs that are unknown or cannot be folded. From `apply`: a call, such
+      as of another method or with other flags, in which layer and normalization do
+      not go together as above; variables that are not the folded ones.
       TypeError: a model that returns objects whose arrays cannot be seen.
 
     Note:

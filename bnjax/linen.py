@@ -137,19 +137,20 @@ def convert() -> Iterator[None]:
 
     Source: flax.linen.intercept_methods.
     """
-    with _converted(True), nn.intercept_methods(_compute_here):
+    with converted(True), nn.intercept_methods(_compute_here):
         yield
 
 
 # Part of the key of JAX's caches, so that no function compiled outside is used inside.
-_converted = jax.make_user_context(False)
+converted = jax.make_user_context(False)
 
 
 def _compute_here(
     method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     running = getattr(context.orig_method, "func", None)
-    if running is not inspect.unwrap(nn.BatchNorm.__call__):
+    # Folding turns the context off within, where it looks for flax's layers itself.
+    if not converted.value or running is not inspect.unwrap(nn.BatchNorm.__call__):
         return method(*args, **kwargs)
     layer = context.module
     norm = batch_norm(momentum=layer.momentum, epsilon=layer.epsilon)

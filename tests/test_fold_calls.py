@@ -219,12 +219,16 @@ def test_jit_blocks_folded_otherwise():
 
 
 def test_converted_models():
-    """Interceptors of `convert` come before those of folding."""
-    model, variables = mini(lambda x: nn.BatchNorm(True)(Dense()(x)))
+    """`convert` steps aside for folding, and for the folded model."""
+    model, variables = mini(lambda x: nn.BatchNorm(True)(nn.relu(nn.BatchNorm(True)(Dense()(x)))))
+    expected = model.apply(variables, ROWS)
     folded = fold.linen(model, variables, ROWS)
     with bnjax.linen.convert():
-        with pytest.raises(ValueError, match=r"outside of `bnjax\.linen\.convert\(\)`.*Fix: "):
-            fold.linen(model, variables, ROWS)
-        with pytest.raises(ValueError, match=r"outside of `bnjax\.linen\.convert\(\)`.*Fix: "):
-            folded.apply(folded.variables, ROWS)
-    assert_same(folded, model, variables, ROWS)
+        inside = fold.linen(model, variables, ROWS)
+        assert inside.folded == folded.folded == {"BatchNorm_1": "Dense_0"}
+        assert inside.kept.keys() == {"BatchNorm_0"}
+        for each in (folded, inside):
+            y = each.apply(each.variables, ROWS)
+            tolerances.assert_close(y, expected, np.float32, 64)
+        assert_same(folded, model, variables, ROWS)
+    assert_same(inside, model, variables, ROWS)

@@ -47,13 +47,7 @@ def _intercepted(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """`model.apply(variables, *args, **kwargs)` with calls of layers intercepted."""
-    if linen._converted.value:
-        raise ValueError(
-            "a model must be folded, and a folded one applied, outside of "
-            "`bnjax.linen.convert()`, which hides the layers. Fix: leave the context; layers "
-            "of flax are folded, too."
-        )
-    with nn.intercept_methods(intercept):
+    with linen.converted(False), nn.intercept_methods(intercept):
         return model.apply(variables, *args, **kwargs)
 
 
