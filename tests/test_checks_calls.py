@@ -197,7 +197,7 @@ OTHERS = {
     ),
     "linen: shape of statistics": (
         lambda: stats(mean=jnp.zeros(4)),
-        (ValueError, "state.mean", "feature axes (1,) of `x`, (3,)", "(4,)", "bn_init(3)"),
+        (ValueError, "batch_stats/mean", "feature axes of `x`, (3,)", "(4,)", "right `axis`"),
     ),
     "linen: dtype of statistics": (
         lambda: stats(var=jnp.ones(3, int)),
