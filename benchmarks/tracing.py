@@ -22,7 +22,7 @@ from flax import nnx
 import bnjax.linen
 import bnjax.nnx
 
-REPEATS = 7
+REPEATS = 15
 
 
 class MLP(nn.Module):

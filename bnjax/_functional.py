@@ -326,7 +326,7 @@ def _compute(
         return _reduce.where(learns, updated.astype(old.dtype), old)
 
     # A count at the end of its range stays there rather than turn negative.
-    room = state.count < jnp.iinfo(state.count.dtype).max
-    count = state.count + (learns & room).astype(state.count.dtype)
+    room = lax.lt(state.count, lax.full_like(state.count, jnp.iinfo(state.count.dtype).max))
+    count = state.count + lax.bitwise_and(learns, room).astype(state.count.dtype)
     new = BNState(average(state.mean, mean), average(state.var, var), count)
     return y, _placement.as_given(new, given)

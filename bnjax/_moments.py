@@ -178,15 +178,19 @@ def batch_moments(
 
     def more(carry: tuple[jax.Array, BatchMoments]) -> jax.Array:
         i, m = carry
-        # Written so that NaN and overflow count as ill-conditioned.
-        ill = ~(m.offset * m.offset <= _WELL_CONDITIONED * m.var)
-        return (i < _MORE_PASSES) & lax.reduce_or(ill, axes=tuple(range(ill.ndim)))
+        # Written so that NaN and overflow count as ill-conditioned; in lax, since to
+        # trace the operators of jnp takes several times as long.
+        enough = lax.full_like(m.var, _WELL_CONDITIONED) * m.var
+        ill = lax.bitwise_not(lax.le(m.offset * m.offset, enough))
+        any_ill = lax.reduce_or(ill, axes=tuple(range(ill.ndim)))
+        return lax.bitwise_and(lax.lt(i, jnp.int32(_MORE_PASSES)), any_ill)
 
     def again(carry: tuple[jax.Array, BatchMoments]) -> tuple[jax.Array, BatchMoments]:
         i, m = carry
         mean = m.shift + m.offset
         # From a shift a thousand times the mean little but rounding is left of it.
-        sound = lax.is_finite(mean) & (lax.abs(m.shift) <= 1024 * lax.abs(mean))
+        limit = lax.full_like(mean, 1024) * lax.abs(mean)
+        sound = lax.bitwise_and(lax.is_finite(mean), lax.le(lax.abs(m.shift), limit))
         return i + 1, a_pass(r, x, mask, _reduce.where(sound, mean, 0))
 
     first = a_pass(r, x, mask, _reduce.shared(r, x, near))
