@@ -115,8 +115,9 @@ def nnx(model: Any, *args: Any, pairs: _Pairs | None = None, **kwargs: Any) -> "
       The copy is right for calls in which layer and normalization go together as
       in the given one. Others, in which a layer is called without its
       normalization (by another method or flag, or from outside), are not noticed,
-      unlike those of `linen`, and get the normalized output. Leave such layers out
-      of `pairs`.
+      unlike those of `linen`, and get the normalized output; nor are models whose
+      code asks for the class or the attributes of a layer. Leave such layers out of
+      `pairs`.
 
     Example:
       >>> import jax.numpy as jnp

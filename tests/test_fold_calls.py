@@ -106,6 +106,78 @@ def test_calls_apart(call, why, jit):
             run(folded.variables, ROWS, **({} if jit else call))
 
 
+class Settings(nn.Module):
+    """A layer and a norm whose fields depend on the call."""
+
+    @nn.compact
+    def __call__(self, x, epsilon=1e-5, bias=True, shift=True, soft=None, mask=False, before=False):
+        norm = None if soft is None else bnjax.batch_norm(epsilon=1.0 if soft else 1e-5)
+        bn = BN(epsilon=epsilon, use_bias=shift, norm=norm, name="b")
+        mask = np.tri(3)[None] if mask else None
+        d = nn.Conv(3, (1,), use_bias=bias, mask=mask, name="d")
+        x = x[:, None]
+        return (d(bn(x)) if before else bn(d(x)))[:, 0]
+
+
+CHANGED = {
+    "epsilon": ({}, {"epsilon": 1.0}, "b has another epsilon or norm"),
+    "norm": ({"soft": False}, {"soft": True}, "b has another epsilon or norm"),
+    "or none": ({}, {"soft": True}, "b has another epsilon or norm"),
+    "no bias": ({}, {"bias": False}, r"d has another set of variables, \['kernel'\]"),
+    "a bias": ({"bias": False}, {"bias": True}, "d has another set of variables"),
+    "no shift": ({}, {"shift": False}, "b has another set of variables"),
+    "mask": ({"before": True}, {"before": True, "mask": True}, "d has another mask"),
+}
+
+
+@pytest.mark.parametrize("first, second, why", CHANGED.values(), ids=CHANGED)
+def test_settings_that_change(first, second, why):
+    variables = trained(jax.eval_shape(Settings().init, KEY, ROWS))
+    folded = fold.linen(Settings(), variables, ROWS, **first)
+    assert_same(folded, Settings(), variables, ROWS[:3], **first)
+    run = jax.jit(lambda v, x, which: folded.apply(v, x, **(second if which else first)),
+                  static_argnums=2)  # fmt: skip
+    expected = Settings().apply(variables, ROWS[:5], **first)
+    tolerances.assert_close(run(folded.variables, ROWS[:5], False), expected, np.float32, 64)
+    with pytest.raises(ValueError, match=f"'b' is folded into 'd'.*{why}.*Fix: "):
+        run(folded.variables, ROWS, True)
+
+
+def test_layout_that_changes():
+    class Transposed(nn.Module):
+        @nn.compact
+        def __call__(self, x, swapped=False):
+            return BN()(nn.ConvTranspose(3, (1,), transpose_kernel=swapped)(x[:, None]))
+
+    variables = trained(jax.eval_shape(Transposed().init, KEY, ROWS))
+    folded = fold.linen(Transposed(), variables, ROWS)
+    with pytest.raises(ValueError, match="has another layout of its kernel"):
+        folded.apply(folded.variables, ROWS, swapped=True)
+
+
+def test_a_path_called_with_several_settings():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            d, b = Dense(name="d"), BN(name="b")
+            first = b(d(x))
+            other = BN(epsilon=2.0, parent=self.scope.push("b", reuse=True))
+            return first, other(d(x))
+
+    variables = trained(jax.eval_shape(Twice().init, KEY, ROWS))
+    with pytest.raises(ValueError, match="b is called again with another epsilon or norm"):
+        fold.linen(Twice(), variables, ROWS)
+
+
+def test_typed_keys():
+    """As jax.random.key makes, though nothing draws from them."""
+    model, variables = mini(lambda x: BN()(Dense()(x)))
+    rngs = {"dropout": jax.random.key(1)}
+    folded = fold.linen(model, variables, ROWS, rngs=rngs)
+    assert_same(folded, model, variables, ROWS, rngs=rngs)
+    assert_same(folded, model, variables, ROWS)
+
+
 def test_calls_that_fit():
     """Other methods, flags, shapes and dtypes are fine where layer and norm go together."""
     variables = trained(jax.eval_shape(Ways().init, KEY, ROWS))

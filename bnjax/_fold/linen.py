@@ -189,7 +189,7 @@ def _apply(
         key = tracing.signature((args, kwargs))
         if key is None or key not in checked:
             this = _trace(model, shapes, args, kwargs)[0]._replace(maps=maps)
-            planning.check(this, folds)
+            planning.check(this, found, folds)
             checked[key] = _dtypes(this)
         return checked[key]
 

@@ -137,6 +137,22 @@ def _deviations(a: Affine, params: BNParams, mean: Any) -> float | None:
     return float(np.max(np.abs(np.asarray(mean, np.float64)) * inverse, initial=0.0))
 
 
+def same_numerics(one: tuple[Any, Any], other: tuple[Any, Any], shapes: Mapping[str, Any]) -> bool:
+    """Whether normalizations with these (epsilon, norm) are one map of their variables."""
+    if one == other:
+        return True
+    if one[1] is None or other[1] is None:
+        return False
+    # Norms are closures, often made anew in each call: only what they do tells.
+    rng = np.random.default_rng(0)
+    v = {name: rng.uniform(0.5, 2, s.shape).astype(s.dtype) for name, s in shapes.items()}
+    state = BNState(v["mean"], v["var"], v.get("count", np.ones(v["mean"].shape, np.int32)))
+    params = BNParams(v.get("scale"), v.get("bias"))
+    with jax.ensure_compile_time_eval():
+        maps = [_probe(norm, params, state) for _, norm in (one, other)]
+    return all(np.array_equal(a, b) for a, b in zip(*maps, strict=True))
+
+
 def _probe(norm: Norm, params: BNParams, state: BNState) -> Affine:
     """The map of any `Norm`, whose epsilon only its function knows, in float64."""
     with jax.enable_x64(True):

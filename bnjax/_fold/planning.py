@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from bnjax import _checks
 from bnjax._fold import layouts
 from bnjax._fold.flow import Flow, Mark
 from bnjax._fold.layouts import Affine
 from bnjax._fold.models import Map
-from bnjax._fold.tracing import Call
+from bnjax._fold.tracing import Call, difference
 
 # The layer after a normalization gets inputs that are not centred, and errs by 0.6 times their
 # means in deviations more. Up to this a float32 result stays within what its sums may err.
@@ -71,8 +72,11 @@ def by_layer(
     return result
 
 
-def check(model: Model, folds: Iterable[Fold]) -> None:
-    """Raises ValueError where a call of a folded model is not what its folds are for."""
+def check(model: Model, found: Model, folds: Iterable[Fold]) -> None:
+    """Raises ValueError where a call of a folded model is not what its folds are for.
+
+    `model` is of this call, `found` of that of folding.
+    """
     called = {call.path for call in model.calls}
     for fold in folds:
         pair = (fold.layer, fold.norm)
@@ -83,12 +87,24 @@ def check(model: Model, folds: Iterable[Fold]) -> None:
             other = pair[pair.index(there[0]) - 1]
             why: str | None = f"{there[0]!r} is called without {other!r}"
         else:
-            why = _refusal(model, fold)
+            why = _refusal(model, fold) or _changed(model, found, fold)
         if why is not None:
             raise ValueError(
                 f"{fold.norm!r} is folded into {fold.layer!r}, which does not fit this call: "
                 f"{why}. Fix: fold with the arguments of this call."
             )
+
+
+def _changed(model: Model, found: Model, fold: Fold) -> str | None:
+    """What a call sets otherwise than the one of folding did."""
+    for path in (fold.layer, fold.norm):
+        what = difference(model.call(path), found.call(path))
+        if what is not None:
+            return f"{path} has another {what}"
+    masks = [m.call(fold.layer).layer for m in (model, found)] if fold.before else []
+    if masks and not np.array_equal(*(layer.mask for layer in masks if layer is not None)):
+        return f"{fold.layer} has another mask"
+    return None
 
 
 def plan(model: Model, pairs: Pairs | None) -> tuple[list[Fold], dict[str, str]]:
@@ -214,16 +230,26 @@ def _own(model: Model, path: str) -> str | None:
         for dtype in (call.dtype, *(v.dtype for n, v in call.parameters.items() if n != "count")):
             if not jnp.issubdtype(dtype, jnp.floating):
                 return f"{path} computes in {dtype}"
-    if len({(c.layer is None, *c.parameters) for c in calls.values()}) > 1:
-        return f"{path} shares its scope with another layer"
-    if len({call.dtype for call in calls.values()}) > 1:
-        return f"{path} is called with several dtypes"
+    why = _several(model, path, calls)
+    if why is not None:
+        return why
     for name in model.call(path).parameters:
         why = _variable(model, path, name, calls)
         if why is not None:
             return why
     found = model.maps.get(path)
     return found if isinstance(found, str) else None
+
+
+def _several(model: Model, path: str, calls: dict[int, Call]) -> str | None:
+    """How calls of one path differ, so that no one fold is right for all."""
+    if len({(c.layer is None, *c.parameters) for c in calls.values()}) > 1:
+        return f"{path} shares its scope with another layer"
+    if len({call.dtype for call in calls.values()}) > 1:
+        return f"{path} is called with several dtypes"
+    differences = (difference(call, model.call(path)) for call in calls.values())
+    what = next((d for d in differences if d is not None), None)
+    return None if what is None else f"{path} is called again with another {what}"
 
 
 def _variable(model: Model, path: str, name: str, calls: dict[int, Call]) -> str | None:

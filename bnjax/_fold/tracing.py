@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bnjax._fold import models
@@ -29,6 +28,7 @@ class Call:
     why: str | None = None  # it cannot be folded
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)  # shapes and dtypes
     dtype: Any = None
+    numerics: Any = None  # of a normalization
 
 
 def layer_call(module: Any, base: type, path: str, kind: models.Kind) -> Call:
@@ -43,7 +43,21 @@ def norm_call(
     if why is None:
         models.require_inference(module, repr(path), rest, named, fix)
         why = models.norm_refusal(module, path, np.shape(x), named.get("mask"))
-    return Call(path, None, why)
+    return Call(path, None, why, numerics=(module.epsilon, getattr(module, "norm", None)))
+
+
+def difference(call: Call, other: Call) -> str | None:
+    """What two calls of one path differ in, of what folding depends on."""
+    if call.parameters.keys() != other.parameters.keys():
+        return f"set of variables, {sorted(call.parameters)}, not {sorted(other.parameters)}"
+    if call.layer is None or other.layer is None:
+        same = models.same_numerics(call.numerics, other.numerics, call.parameters)
+        return None if same else "epsilon or norm"
+    # What a layer does at borders is asked of each call where it matters.
+    layout, before = (
+        c.layout._replace(padding=None, input_dilation=1) for c in (call.layer, other.layer)
+    )
+    return None if layout == before else "layout of its kernel"
 
 
 class Recorder:
@@ -124,5 +138,5 @@ def signature(tree: Any) -> Hashable | None:
 
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, _ARRAYS):
-        return leaf.shape, jnp.dtype(leaf.dtype).name, getattr(leaf, "weak_type", False)
+        return leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)
     return type(leaf), leaf
