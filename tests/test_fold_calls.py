@@ -228,6 +228,31 @@ def test_same_calls_are_checked_once(monkeypatch):
     assert len(traces) == 1
 
 
+def test_collections_that_come_later():
+    """As a cache: it may decide the flow, and its shapes are those of the call."""
+
+    class Cached(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = Dense()(x)
+            if self.has_variable("cache", "stop"):
+                return y
+            y = BN()(y)
+            return y + self.get_variable("cache", "h") if self.has_variable("cache", "h") else y
+
+    model = Cached()
+    variables = trained(jax.eval_shape(model.init, KEY, ROWS))
+    folded = fold.linen(model, variables, ROWS)
+    for size in (3, 5):
+        cache = {"cache": {"h": jnp.ones((size, 3))}}
+        y = folded.apply({**folded.variables, **cache}, ROWS[:size])
+        expected = model.apply({**variables, **cache}, ROWS[:size])
+        tolerances.assert_close(y, expected, np.float32, 64)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'Dense_0' is called without 'BatchNorm_0'"):
+            folded.apply({**folded.variables, "cache": {"stop": jnp.ones(())}}, ROWS)
+
+
 # --- linen: nn.jit ----------------------------------------------------------------------
 
 

@@ -91,10 +91,17 @@ def fold(
         for name in found.call(f.norm).parameters:
             del flat[_key(f.norm, name)]
     tree = unflatten_dict(flat)
-    apply = _apply(model, variables, found, folds, tracing.signature((args, kwargs)))
+    apply = _apply(
+        model, variables, found, folds, tracing.signature((args, kwargs, _others(variables)))
+    )
     layers = {f.norm: f.layer for f in folds}
     return LinenFold(apply, freeze(tree) if isinstance(variables, FrozenDict) else tree,
                      layers, kept)  # fmt: skip
+
+
+def _others(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Collections that are not folded, and may differ from call to call."""
+    return {k: v for k, v in variables.items() if k not in ("params", "batch_stats")}
 
 
 def _collection(name: str) -> str:
@@ -182,19 +189,20 @@ def _apply(
     maps, gone = found.maps, {f.norm for f in folds}
     name = f"bnjax.fold {next(_NUMBERS)}"
     biases = {f.layer for f in folds if "bias" not in found.call(f.layer).parameters}
-    shapes = tracing.shapes(variables)
+    unfolded = tracing.shapes({k: v for k, v in variables.items() if k not in _others(variables)})
     checked = {key: _dtypes(found)}
 
-    def check(args: Any, kwargs: Any) -> dict[str, Any]:
-        key = tracing.signature((args, kwargs))
+    def check(others: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        key = tracing.signature((args, kwargs, others))
         if key is None or key not in checked:
+            shapes = {**unfolded, **tracing.shapes(others)}
             this = _trace(model, shapes, args, kwargs)[0]._replace(maps=maps)
             planning.check(this, found, folds)
             checked[key] = _dtypes(this)
         return checked[key]
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        dtypes = check(args, kwargs)
+        dtypes = check(_others(variables), args, kwargs)
         for key in flatten_dict(variables).keys() & {_key(norm, "mean") for norm in gone}:
             raise ValueError(
                 "`variables` must be those of the folded model, got some with "
