@@ -165,6 +165,18 @@ def test_attributes_of_nnx_named_as_collections(attributes, names, pure):
     np.testing.assert_array_equal(layers[names[0]].params.scale, ONES if with_scale else None)
 
 
+def test_collections_of_linen_inside_something():
+    """As in a checkpoint: read as nnx, its layers would have no scale and no bias."""
+    variables = {"params": {"a": {"scale": ONES, "bias": ONES}}, "batch_stats": {"a": STATISTICS}}
+    check_message(
+        lambda: interop.each(interop.from_flax, {"model": variables, "step": np.ones(())}),
+        (
+            ValueError, "variables", "must hold params and batch_stats at its top",
+            "them in 'model'", "Fix: variables['model']",
+        ),
+    )  # fmt: skip
+
+
 def test_a_state_of_nnx_is_none_of_linen():
     """These names alone do not tell; the type does."""
     state = nnx_model(batch_stats=affine_free, bn=nnx.BatchNorm)

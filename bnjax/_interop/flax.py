@@ -132,9 +132,23 @@ def _put(tree: dict[str, Any], path: list[Any], arrays: dict[str, np.ndarray]) -
 def _source(variables: Any) -> common.Source:
     flat = _flat(common.mapping("variables", variables))
     if not _is_linen(variables, flat):
-        return common.Source(flat, "/", common.owners(flat, "/", _STATISTICS))
+        norms = common.owners(flat, "/", _STATISTICS)
+        _refuse_nested(norms, common.owners(flat, "/", _PARAMS))
+        return common.Source(flat, "/", norms)
     params, statistics = (_flat(variables.get(name, {})) for name in _COLLECTIONS)
     return common.Source(params | statistics, "/", _linen_norms(params, statistics))
+
+
+def _refuse_nested(norms: set[str], affine: set[str]) -> None:
+    """Collections of linen within something else would be read without their parameters."""
+    for name in sorted(norms):
+        outer, found, inner = f"/{name}/".partition("/batch_stats/")
+        if outer and found and f"{outer}/params/{inner}".strip("/") in affine:
+            keys = outer.strip("/").split("/")
+            raise ValueError(
+                "`variables` must hold params and batch_stats at its top, got them in "
+                f"{'/'.join(keys)!r}. Fix: variables{''.join(f'[{key!r}]' for key in keys)}."
+            )
 
 
 def _linen_norms(params: dict[str, Any], statistics: dict[str, Any]) -> set[str]:
