@@ -1,12 +1,18 @@
 """bnjax: batch normalization for JAX that can be trusted."""
 
-from bnjax._functional import BNParams, BNState, Norm, batch_norm, bn_apply, bn_init
-from bnjax._moments import Moments, merge, moments
+from bnjax._functional import batch_norm, bn_apply, bn_init
+from bnjax._ghost import ghost
+from bnjax._merge import merge
+from bnjax._microbatches import MicrobatchState, microbatches
+from bnjax._moments import moments
 from bnjax._momentum import cumulative, debiased
+from bnjax._replicas import merge_states
+from bnjax._types import BNParams, BNState, Moments, Norm
 
 __all__ = [
     "BNParams",
     "BNState",
+    "MicrobatchState",
     "Moments",
     "Norm",
     "batch_norm",
@@ -14,7 +20,10 @@ __all__ = [
     "bn_init",
     "cumulative",
     "debiased",
+    "ghost",
     "merge",
+    "merge_states",
+    "microbatches",
     "moments",
 ]
 

@@ -122,6 +122,15 @@ def static_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def at_least_one(name: str, value: Any) -> int:
+    """A positive Python int."""
+    if not _is_int(value):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    return operator.index(value)
+
+
 def mask(value: Any, shape: tuple[int, ...]) -> jax.Array | None:
     """Booleans of the rank of `x` that broadcast to it, or None."""
     if value is None:

@@ -1,46 +1,13 @@
 """The pure function: parameters, running statistics, initialisation, application."""
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from bnjax import _checks, _normalize, _placement, _reduce
-
-
-class BNParams(NamedTuple):
-    """Trainable: scale (gamma) and bias (beta), of shape [C]; None where unused."""
-
-    scale: jax.Array | None
-    bias: jax.Array | None
-
-
-class BNState(NamedTuple):
-    """Carried, never trained: running statistics, three arrays of shape [C].
-
-    `mean` and `var` are floating; `count` (int32) is the number of updates that
-    each channel has accepted, 0 for one that was never trained.
-    """
-
-    mean: jax.Array
-    var: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
-
-
-class Norm(NamedTuple):
-    """A normalization: a pair of pure functions, as in optax.
-
-    `init(features, **options) -> (params, state)` and
-    `apply(params, state, x, train, **options) -> (y, state)`, with the options
-    of `bn_init` and `bn_apply`. `needs_count` tells modules that the running
-    average depends on `state.count`, so that it must be stored.
-    """
-
-    init: Callable[..., tuple[BNParams, BNState]]
-    apply: Callable[..., tuple[jax.Array, BNState]]
-    needs_count: bool = False
+from bnjax import _checks, _layer, _normalize
+from bnjax._types import BNParams, BNState, Norm
 
 
 def bn_init(
@@ -158,29 +125,32 @@ def bn_apply(
 
     Source: Ioffe & Szegedy (2015), https://arxiv.org/abs/1502.03167
     """
-    x = _checks.float_array("x", x)
-    feature_axes = _checks.feature_axes(axis, x.shape)
-    shape = tuple(x.shape[a] for a in feature_axes)
-    axes = tuple(a for a in range(x.ndim) if a not in feature_axes)
-    state = _check_state(state, shape, feature_axes)
-    train = _checks.flag("train", train)
-    unbiased = _checks.static_flag("unbiased", unbiased)
-    weight = _weight(momentum, state.count)
-    plan = _normalize.Plan(
-        _reduce.reduction(axes, axis_name, axis_index_groups),
-        x.dtype if dtype is None else _checks.float_dtype("dtype", dtype),
-        train if isinstance(train, bool) else None,
-    )
-    inputs = _inputs(params, state, x, train, mask, epsilon, feature_axes)
-    number = isinstance(weight, (int, float))
-    compute = _reduce.compiled(_compute, _normalize.is_mapped(plan))
-    y, new = compute(
-        _Static(plan, unbiased, float(weight) if number else None),
-        inputs,
+    call = _layer.prepare(
+        params,
         state,
-        None if number else jnp.asarray(weight),
+        x,
+        train,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        unbiased=unbiased,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
     )
-    return y, state if new is None else new
+    return _layer.run(compute, call.static, call)
+
+
+def compute(
+    static: _layer.Static, inputs: _normalize.Inputs, state: BNState, weight: jax.Array | None
+) -> tuple[jax.Array, BNState | None]:
+    """y, and the new state; None for the one given."""
+    inputs = _normalize.placed(inputs, static.plan.reduction.axes)
+    y, batch = _normalize.normalize(static.plan, inputs)
+    if batch is None:
+        return y, None
+    return y, _layer.update(static, inputs, state, batch.plain(), weight)
 
 
 def batch_norm(**options: Any) -> Norm:
@@ -209,124 +179,37 @@ def batch_norm(**options: Any) -> Norm:
 
     Source: the form is that of optax.GradientTransformation.
     """
-    known = set(bn_apply.__kwdefaults__ or ())
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise TypeError(
-            f"`batch_norm` takes the options of `bn_apply`, {sorted(known)}, got {unknown}."
-        )
+    return variant("batch_norm", bn_apply, options)
+
+
+def variant(
+    maker: str, function: Callable[..., tuple[jax.Array, Any]], options: dict[str, Any]
+) -> Norm:
+    """A `Norm` that applies `function`, with options of `bn_apply` bound.
+
+    A call gives the others, and cannot give other values to those.
+    """
+    defaults = bn_apply.__kwdefaults__ or {}
+
+    def check(names: Any) -> None:
+        unknown = sorted(set(names) - set(defaults))
+        if unknown:
+            raise TypeError(
+                f"`{maker}` takes the options of `bn_apply`, {sorted(defaults)}, got {unknown}."
+            )
 
     def apply(
-        params: BNParams, state: BNState, x: jax.Array, train: bool | jax.Array, **call: Any
-    ) -> tuple[jax.Array, BNState]:
+        params: BNParams, state: Any, x: jax.Array, train: bool | jax.Array, **call: Any
+    ) -> tuple[jax.Array, Any]:
+        check(call)
         for name in sorted(options.keys() & call.keys()):
             if not _checks.same(call[name], options[name]):
                 raise TypeError(
-                    f"`{name}` is bound to {options[name]!r} by batch_norm(...), got "
+                    f"`{name}` is bound to {options[name]!r} by {maker}(...), got "
                     f"{call[name]!r} in the call. Fix: give it in one place, and to a module "
                     f"as BatchNorm({name}=...)."
                 )
-        return bn_apply(params, state, x, train, **{**options, **call})
+        return function(params, state, x, train, **{**defaults, **options, **call})
 
+    check(options)
     return Norm(bn_init, apply, callable(options.get("momentum")))
-
-
-def _check_state(state: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> BNState:
-    if not isinstance(state, BNState):
-        raise TypeError(
-            f"`state` must be a BNState(mean, var, count), got {type(state).__name__}. "
-            "Fix: params, state = bn_init(features)."
-        )
-    return BNState(
-        _checks.vector("state.mean", state.mean, shape, axes),
-        _checks.vector("state.var", state.var, shape, axes),
-        _checks.counter("state.count", state.count, shape),
-    )
-
-
-def _inputs(
-    params: Any,
-    state: BNState,
-    x: jax.Array,
-    train: bool | jax.Array,
-    mask: Any,
-    epsilon: Any,
-    axes: tuple[int, ...],
-) -> _normalize.Inputs:
-    if not isinstance(params, BNParams):
-        raise TypeError(
-            f"`params` must be a BNParams(scale, bias), got {type(params).__name__}. "
-            "Fix: params, state = bn_init(features)."
-        )
-    shape = state.mean.shape
-    dtype = _checks.compute_dtype(x.dtype)
-    scale, bias = (
-        None
-        if value is None
-        else _checks.vector(f"params.{name}", value, shape, axes).astype(dtype)
-        for name, value in zip(params._fields, params, strict=True)
-    )
-    limit = float(jnp.finfo(dtype).max)
-    epsilon = jnp.asarray(_checks.number("epsilon", epsilon, 0.0, limit, shape), dtype)
-    return _normalize.Inputs(
-        x=x,
-        mask=_checks.mask(mask, x.shape),
-        train=None if isinstance(train, bool) else jnp.asarray(train),
-        scale=scale,
-        bias=bias,
-        mean=state.mean.astype(dtype),
-        var=state.var.astype(dtype),
-        epsilon=epsilon,
-    )
-
-
-def _weight(momentum: Any, count: jax.Array) -> Any:
-    """Weight of the old value: as given, or what the schedule says."""
-    if not callable(momentum):
-        return _checks.number("momentum", momentum, 0.0, 1.0, count.shape)
-    try:
-        weight = momentum(count)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            "`momentum` must be a number or a schedule: array of counts -> weights, got "
-            f"{momentum!r}, which failed: {error} Fix: momentum=cumulative(), with the "
-            "parentheses."
-        ) from error
-    return _checks.number("momentum(state.count)", weight, 0.0, 1.0, count.shape)
-
-
-class _Static(NamedTuple):
-    """What the program depends on. A number as weight keeps 1 - w exact, as in Flax."""
-
-    plan: _normalize.Plan
-    unbiased: bool
-    weight: float | None
-
-
-def _compute(
-    static: _Static, inputs: _normalize.Inputs, given: BNState, weight: jax.Array | None
-) -> tuple[jax.Array, BNState | None]:
-    axes = static.plan.reduction.axes
-    inputs = _normalize.placed(inputs, axes)
-    state, weight = _placement.as_features((given, weight), inputs.x, axes)
-    y, batch = _normalize.normalize(static.plan, inputs)
-    if batch is None:
-        return y, None
-    mean, var = batch.shift + batch.offset, batch.var
-    learns = (batch.count >= 2) & lax.is_finite(mean) & lax.is_finite(var)
-    if inputs.train is not None:
-        learns = learns & inputs.train
-    if static.unbiased:
-        var = var * (batch.count / jnp.maximum(batch.count - 1, 1))
-
-    def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        wide = _reduce.promoted(old)
-        w = jnp.asarray(weight, wide.dtype) if static.weight is None else static.weight
-        updated = w * wide + (1 - w) * new.astype(wide.dtype)
-        return _reduce.where(learns, updated.astype(old.dtype), old)
-
-    # A count at the end of its range stays there rather than turn negative.
-    room = lax.lt(state.count, lax.full_like(state.count, jnp.iinfo(state.count.dtype).max))
-    count = state.count + lax.bitwise_and(learns, room).astype(state.count.dtype)
-    new = BNState(average(state.mean, mean), average(state.var, var), count)
-    return y, _placement.as_given(new, given)

@@ -1,13 +1,15 @@
 """What the Flax layers share: all but the variables."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bnjax import _checks
-from bnjax._functional import BNParams, BNState, Norm, batch_norm
+from bnjax._functional import batch_norm
+from bnjax._types import BNParams, Norm
 
 # The numerics that a layer has as fields, and that a norm has bound.
 DEFAULTS = {"momentum": 0.99, "epsilon": 1e-5, "unbiased": False}
@@ -37,17 +39,24 @@ def check_param_dtype(dtype: Any) -> None:
         _checks.float_dtype("param_dtype", dtype)
 
 
-def initial(
-    shape: tuple[int, ...], dtype: Any, *, counted: bool
-) -> dict[str, Callable[[], jax.Array]]:
+def stored(norm: Norm) -> tuple[str, ...]:
+    """Names of the running statistics that a layer keeps: `count` where it is needed."""
+    return tuple(name for name in norm.state._fields if name != "count" or norm.needs_count)
+
+
+def initial(norm: Norm, shape: tuple[int, ...], dtype: Any) -> dict[str, Callable[[], jax.Array]]:
     """Makers of the running statistics of a new layer, by name."""
     makers: dict[str, Callable[[], jax.Array]] = {
         "mean": lambda: jnp.zeros(shape, dtype),
         "var": lambda: jnp.ones(shape, dtype),
+        "count": lambda: jnp.zeros(shape, jnp.int32),
     }
-    if counted:
-        makers["count"] = lambda: jnp.zeros(shape, jnp.int32)
-    return makers
+
+    def further(name: str) -> jax.Array:
+        options = {"use_scale": False, "use_bias": False, "param_dtype": dtype}
+        return getattr(norm.init(shape, **options)[1], name)
+
+    return {name: makers.get(name, partial(further, name)) for name in stored(norm)}
 
 
 def apply(
@@ -61,13 +70,8 @@ def apply(
     **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Applies the norm to a layer's variables: y, and those of `statistics` anew."""
-    mean = statistics["mean"]
-    count = statistics.get("count")
-    state = BNState(
-        mean,
-        statistics["var"],
-        jnp.zeros(mean.shape, jnp.int32) if count is None else count,
-    )
+    zeros = jnp.zeros(statistics["mean"].shape, jnp.int32)
+    state = norm.state(**{"count": zeros, **statistics})
     train = not inference if isinstance(inference, bool) else jnp.logical_not(inference)
     y, new = norm.apply(params, state, x, train, mask=_as_flax(mask, x.ndim), **options)
     return y, {name: getattr(new, name) for name in statistics}

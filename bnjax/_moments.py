@@ -8,7 +8,7 @@ cancels; then, and only then, another pass is made, with the mean just found.
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,25 +17,13 @@ from jax import lax
 
 from bnjax import _checks, _placement, _reduce
 from bnjax._reduce import Reduction
+from bnjax._types import Moments
 
 # A variance errs by about (1 + offset**2/var) roundings. At an offset of three
 # deviations that measured at most a third of the bound in tests/tolerances.py.
 _WELL_CONDITIONED = 9.0
 # One to come back from a shift that is of no use, one about the mean then found.
 _MORE_PASSES = 2
-
-
-class Moments(NamedTuple):
-    """Mean, biased variance and number of the entries they were taken over.
-
-    mean = sum(x) / count, var = sum((x - mean)**2) / count. `mean` and `var`
-    have the shape of the feature axes, [C]; `count` broadcasts to it. All are
-    floating, of one dtype: promote(x.dtype, float32).
-    """
-
-    mean: jax.Array
-    var: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
 
 
 class BatchMoments(NamedTuple):
@@ -45,6 +33,9 @@ class BatchMoments(NamedTuple):
     offset: jax.Array
     var: jax.Array
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
+
+    def plain(self) -> Moments:
+        return Moments(self.shift + self.offset, self.var, self.count)
 
 
 def moments(
@@ -100,67 +91,7 @@ def _about_zero(r: Reduction, x: jax.Array, mask: jax.Array | None) -> Moments:
     )
     near = _placement.as_features(near, x, r.axes)
     m = batch_moments(r, x, _placement.as_entries(mask, x), near)
-    return Moments(m.shift + m.offset, m.var, _placement.broadcast(m.count, m.var))
-
-
-def merge(*parts: Moments) -> Moments:
-    """Moments of the union of disjoint parts.
-
-    n = sum(n_i), mean = sum(n_i * mean_i) / n,
-    var = sum(n_i * (var_i + (mean_i - mean)**2)) / n: the variance of the means
-    counts too. Parts without entries (count 0) change nothing.
-
-    Args:
-      *parts: one or more `Moments` of equal shapes, of batches, microbatches,
-        devices or files.
-
-    Returns:
-      `Moments`, in the dtype of the parts.
-
-    Raises:
-      ValueError: no parts, or parts of different shapes. TypeError: other types.
-
-    Example:
-      >>> import jax.numpy as jnp, bnjax
-      >>> x = jnp.array([[1.0], [3.0], [5.0], [7.0]])
-      >>> m = bnjax.merge(bnjax.moments(x[:2]), bnjax.moments(x[2:]))
-      >>> print(m.mean, m.var, m.count)
-      [4.] [5.] [4.]
-
-    Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample
-    variance".
-    """
-    if not parts:
-        raise ValueError("`merge` needs at least one `Moments`, got none.")
-    for part in parts:
-        if not isinstance(part, Moments):
-            raise TypeError(
-                f"`merge` takes Moments, got {type(part).__name__}. Fix: merge(*parts), of "
-                "what moments(x) returns."
-            )
-    shapes = {jnp.shape(leaf) for part in parts for leaf in (part.mean, part.var)}
-    if len(shapes) > 1:
-        raise ValueError(f"`merge` needs parts of one shape, got {sorted(shapes)}.")
-    return functools.reduce(_merge_two, parts)
-
-
-def _merge_two(a: Moments, b: Moments) -> Moments:
-    # A part without entries may hold anything, also for the derivative.
-    a, b = _without_garbage(a, b), _without_garbage(b, a)
-    count = a.count + b.count
-    share = b.count / jnp.maximum(count, 1)
-    delta = b.mean - a.mean
-    mean = a.mean + share * delta
-    var = a.var + share * (b.var - a.var) + share * (1 - share) * delta * delta
-    return Moments(mean, var, count)
-
-
-def _without_garbage(part: Moments, other: Moments) -> Moments:
-    """The part; where it has no entries, with the moments of the other."""
-    empty = part.count == 0
-    return Moments(
-        jnp.where(empty, other.mean, part.mean), jnp.where(empty, other.var, part.var), part.count
-    )
+    return m.plain()._replace(count=_placement.broadcast(m.count, m.var))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -172,9 +103,23 @@ def batch_moments(
     `near` guesses the mean, as the running mean does. It saves a pass, and has no
     influence on the result beyond rounding, hence no derivative.
     """
-    near = _reduce.where(lax.is_finite(near), near, 0)
+    near = _reduce.finite_or_zero(near)
     # The same function twice: traced once.
-    a_pass = _reduce.compiled(_pass, r.axis_name is not None)
+    a_pass = functools.partial(_reduce.compiled(_pass, r.axis_name is not None), r)
+    if r.branches:
+        return refined(functools.partial(a_pass, x, mask), _reduce.shared(r, x, near))
+    sample = _sample(r, x) if mask is None else x
+    m = a_pass(sample, mask, lax.full_like(near, 0))
+    return a_pass(x, mask, _reduce.finite_or_zero(m.shift + m.offset))
+
+
+def refined(
+    a_pass: Callable[[jax.Array, jax.Array | None], BatchMoments], near: jax.Array
+) -> BatchMoments:
+    """The pass about `near`; again about the mean found, where that was far from it.
+
+    Further passes are given the count, which takes no collective a second time.
+    """
 
     def more(carry: tuple[jax.Array, BatchMoments]) -> jax.Array:
         i, m = carry
@@ -191,10 +136,19 @@ def batch_moments(
         # From a shift a thousand times the mean little but rounding is left of it.
         limit = lax.full_like(mean, 1024) * lax.abs(mean)
         sound = lax.bitwise_and(lax.is_finite(mean), lax.le(lax.abs(m.shift), limit))
-        return i + 1, a_pass(r, x, mask, _reduce.where(sound, mean, 0))
+        return i + 1, a_pass(_reduce.where(sound, mean, 0), m.count)
 
-    first = a_pass(r, x, mask, _reduce.shared(r, x, near))
-    return lax.while_loop(more, again, (jnp.int32(0), first))[1]
+    return lax.while_loop(more, again, (jnp.int32(0), a_pass(near, None)))[1]
+
+
+def _sample(r: Reduction, x: jax.Array) -> jax.Array:
+    """A contiguous eighth of `x`, at least.
+
+    If m is the mean of a fraction f of the entries, (mean - m)**2 <= var * (1 - f) / f, as the
+    variance holds that of the means of both parts: about m no variance cancels, whatever `x`.
+    """
+    axis = max(r.axes, key=lambda a: x.shape[a])
+    return lax.slice_in_dim(x, 0, -(-x.shape[axis] // 8), axis=axis)
 
 
 @batch_moments.defjvp
@@ -207,14 +161,23 @@ def _batch_moments_jvp(
     return out, tangent(x, mask, out, tangents[0])
 
 
-def _pass(r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array) -> BatchMoments:
-    """Moments from the sums of x - shift and (x - shift)**2, for a shift near `near`."""
+def _pass(
+    r: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    near: jax.Array,
+    known: jax.Array | None = None,
+) -> BatchMoments:
+    """Moments from the sums of x - shift and (x - shift)**2, for a shift near `near`.
+
+    `known`: the count, if it is.
+    """
     shift, _ = split(near, near, bits_less=1)
     first = _reduce.deviation(r, x, mask, shift)
     other, ahead = split(near, shift - near, bits_less=2)
     second = _reduce.deviation(r, x, mask, other)
     sums = [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
-    count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums)
+    count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums, known)
     n = _reduce.at_least_one(count, total.dtype)
     offset = total / n
     apart = offset + ahead

@@ -4,10 +4,12 @@ There, JAX refuses to choose between arrays, and to carry arrays through a loop,
 placed differently. Everywhere else nothing here does anything.
 """
 
+import math
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
@@ -45,6 +47,36 @@ def broadcast(value: jax.Array, like: jax.Array) -> jax.Array:
     return as_given(jnp.broadcast_to(value, like.shape), like)
 
 
+def split(x: jax.Array, axis: int, number: int, size: int) -> jax.Array:
+    """The array with an axis cut in two, of `number` groups of `size` entries."""
+    shape = (*x.shape[:axis], number, size, *x.shape[axis + 1 :])
+    spec = _spec(x)
+    if spec is None:
+        return lax.reshape(x, shape)
+    devices = math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in _names(spec[axis]))
+    if number % devices:
+        raise ValueError(
+            f"`size` must cut the {x.shape[axis]} examples along axis {axis} of `x` into groups "
+            f"that divide evenly over its {devices} shards, on a mesh of explicit axes, got "
+            f"{number} groups of {size}. Fix: a size that divides {x.shape[axis] // devices}."
+        )
+    return lax.reshape(
+        x, shape, out_sharding=_sharding(x, (*spec[: axis + 1], None, *spec[axis + 1 :]))
+    )
+
+
+def join(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
+    """The inverse of `split`; placed as another array is."""
+    shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+    spec = _spec(like)
+    return lax.reshape(x, shape, out_sharding=None if spec is None else _sharding(like, spec))
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    """Mesh axes of one axis of an array."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
 def _spec(x: jax.Array) -> tuple[Any, ...] | None:
     """Mesh axes of each axis of `x`; None where no mesh axis is explicit."""
     sharding = jax.typeof(x).sharding
@@ -54,5 +86,9 @@ def _spec(x: jax.Array) -> tuple[Any, ...] | None:
 
 
 def _place(v: jax.Array, x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
-    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+    sharding = _sharding(x, spec)
     return v if jax.typeof(v).sharding == sharding else jax.sharding.reshard(v, sharding)
+
+
+def _sharding(x: jax.Array, spec: tuple[Any, ...]) -> NamedSharding:
+    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))

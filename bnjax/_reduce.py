@@ -13,11 +13,16 @@ from bnjax import _checks, _placement
 
 
 class Reduction(NamedTuple):
-    """What is reduced: axes of the array, then mapped axes. Static, hashable."""
+    """What is reduced: axes of the array, then mapped axes. Static, hashable.
+
+    `branches`: whether the program may branch on values, which those of arrays that jit has
+    sharded take a collective to decide.
+    """
 
     axes: tuple[int, ...]
     axis_name: Any = None
     axis_index_groups: Any = None
+    branches: bool = True
 
 
 def reduction(axes: tuple[int, ...], axis_name: Any, axis_index_groups: Any) -> Reduction:
@@ -52,11 +57,20 @@ def _jitted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def synchronise(
-    r: Reduction, shape: tuple[int, ...], mask: jax.Array | None, sums: list[jax.Array]
+    r: Reduction,
+    shape: tuple[int, ...],
+    mask: jax.Array | None,
+    sums: list[jax.Array],
+    known: jax.Array | None = None,
 ) -> tuple[Any, list[jax.Array]]:
-    """Count and sums over all devices, in one all-reduce. A static count is an int."""
+    """Count, unless it is known, and sums over all devices, in one all-reduce.
+
+    A static count is an int.
+    """
     if mask is None:
         return static_count(r, shape), psum(r, sums)
+    if known is not None:
+        return known, psum(r, sums)
     kept = _mask_count(r, shape, mask, sums[0].dtype)
     *sums, count = psum(r, [*sums, _placement.broadcast(kept, sums[0])])
     return count, sums
@@ -143,6 +157,10 @@ def at_least_one(count: Any, dtype: Any) -> Any:
 def where(condition: jax.Array, new: jax.Array, old: jax.Array | float) -> jax.Array:
     """`jnp.where` for vectors of one shape and dtype, traced in a tenth of its time."""
     return lax.select(condition, new, old if hasattr(old, "shape") else lax.full_like(new, old))
+
+
+def finite_or_zero(v: jax.Array) -> jax.Array:
+    return where(lax.is_finite(v), v, 0)
 
 
 def spread(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from bnjax import _checks, _modules
-from bnjax._functional import BNParams, Norm, batch_norm
+from bnjax._functional import batch_norm
+from bnjax._types import BNParams, Norm
 
 _STATS = "batch_stats"
 
@@ -87,7 +88,7 @@ class BatchNorm(nn.Module):
         """Normalizes `x`, and updates `batch_stats` in training.
 
         Initialisation computes an output but updates nothing and needs no mapped
-        axis.
+        axis; with a `norm`, the output is that of inference.
 
         Args:
           x: array of any shape; integers are cast to the output's dtype.
@@ -179,12 +180,14 @@ def _call(layer: Any, norm: Norm, x: Any, use_running_average: Any, mask: Any) -
     )
     dtype = dtypes.canonicalize_dtype(x, params.scale, params.bias, dtype=layer.dtype)
     mapped = not layer.is_initializing()
+    # A first batch may be any, also one that a norm of groups cannot cut.
+    evaluated = inference if mapped or getattr(layer, "norm", None) is None else True
     y, new = _modules.apply(
         norm,
         params,
         {name: variable.value for name, variable in statistics.items()},
         x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
-        inference,
+        evaluated,
         mask=mask,
         axis=layer.axis,
         axis_name=layer.axis_name if mapped else None,
@@ -203,7 +206,7 @@ def _statistics(
     dtype = jnp.dtype(jnp.float32)
     if not layer.force_float32_reductions:
         dtype = _checks.compute_dtype(_checks.float_dtype("param_dtype", layer.param_dtype))
-    initial = _modules.initial(shape, dtype, counted=norm.needs_count)
+    initial = _modules.initial(norm, shape, dtype)
     if not layer.is_initializing():
         _require(layer, initial, inference)
     variables = {name: layer.variable(_STATS, name, init) for name, init in initial.items()}

@@ -10,7 +10,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from bnjax import _checks, _modules
-from bnjax._functional import BNParams, Norm
+from bnjax._types import BNParams, Norm
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -114,11 +114,10 @@ class BatchNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.unbiased = unbiased
         self.norm = norm
-        makers = _modules.initial(shape, jnp.float32, counted=self._norm().needs_count)
-        self.mean = nnx.BatchStat(makers["mean"](), **statistics_metadata)
-        self.var = nnx.BatchStat(makers["var"](), **statistics_metadata)
-        if "count" in makers:
-            self.count = nnx.BatchStat(makers["count"](), **statistics_metadata)
+        self.mean: nnx.BatchStat[jax.Array]
+        self.var: nnx.BatchStat[jax.Array]
+        for name, maker in _modules.initial(self._norm(), shape, jnp.float32).items():
+            setattr(self, name, nnx.BatchStat(maker(), **statistics_metadata))
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         # In flax's order, as each draws a key.
@@ -197,12 +196,17 @@ class BatchNorm(nnx.Module):
         return _checks.flag("use_running_average", value)
 
     def _statistics(self, norm: Norm) -> dict[str, nnx.Variable[jax.Array]]:
-        names = ("mean", "var", "count") if norm.needs_count else ("mean", "var")
-        if norm.needs_count and not hasattr(self, "count"):
-            fix = _modules.missing_count("layer.count = nnx.BatchStat(jnp.zeros(shape, jnp.int32))")
+        names = _modules.stored(norm)
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            fix = "make the layer with this norm"
+            if missing == ["count"]:
+                fix = _modules.missing_count(
+                    "layer.count = nnx.BatchStat(jnp.zeros(shape, jnp.int32))"
+                )
             raise ValueError(
-                "the running statistics must hold `count`, got none: the momentum became a "
-                f"schedule after the layer was made. Fix: {fix}."
+                f"the running statistics must hold {list(names)}, got none for {missing}: the "
+                f"momentum, or the norm, changed after the layer was made. Fix: {fix}."
             )
         return {name: getattr(self, name) for name in names}
 
@@ -296,7 +300,7 @@ def revert(model: Any) -> tuple[tuple[Any, ...], ...]:
                 "Fix: set them to flax's values first."
             )
     for layer in layers.values():
-        for name in ("unbiased", "norm", "count"):
+        for name in ("unbiased", "norm", "count"):  # no norm: no other statistics
             if hasattr(layer, name):
                 delattr(layer, name)
         object.__setattr__(layer, "__class__", nnx.BatchNorm)

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from bnjax import _trees
+
 _NAMES = {"scale", "bias"}
 
 
@@ -82,7 +84,7 @@ def labels(params: Any, *, batch_stats: Any = None, missing_ok: bool = False) ->
     norms = _norms(params) if batch_stats is None else _with_statistics(batch_stats)
 
     def label(path: tuple[Any, ...], leaf: Any) -> str:
-        module, name = _place(path)
+        module, name = _trees.place(path)
         return "norm" if name in _NAMES and module in norms else "other"
 
     result = jax.tree_util.tree_map_with_path(label, params)
@@ -109,23 +111,13 @@ def _names(tree: Any) -> dict[tuple[str, ...], set[str]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
     names: dict[tuple[str, ...], set[str]] = {}
     for path, _ in leaves:
-        module, name = _place(path)
+        module, name = _trees.place(path)
         names.setdefault(module, set()).add(name)
     return names
 
 
 def _is_empty(node: Any) -> bool:
     return not jax.tree.leaves(node)
-
-
-def _place(path: tuple[Any, ...]) -> tuple[tuple[str, ...], str]:
-    """The module's place in the tree, and the name of its leaf."""
-    # What boxes a parameter (nnx.Variable, nn.Partitioned) has it as its attribute `value`.
-    while path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    # Compared as strings: keys and attributes are one, and so are 0 and "0" after a restore.
-    keys = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return keys[:-1], keys[-1] if keys else ""
 
 
 def _nothing_found(params: Any, batch_stats: Any) -> str:

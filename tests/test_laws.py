@@ -29,6 +29,9 @@ NORMS = {
     "unbiased": Row(bnjax.batch_norm(unbiased=True, momentum=0.5)),
     "cumulative": Row(bnjax.batch_norm(momentum=bnjax.cumulative())),
     "debiased": Row(bnjax.batch_norm(momentum=bnjax.debiased(0.9))),
+    # What is normalized together depends on the place in the batch.
+    "ghost": Row(bnjax.ghost(16), but=("mask_is_deletion", "order_of_the_batch", "float64")),
+    "microbatches": Row(bnjax.microbatches(1)),
 }
 
 

@@ -196,10 +196,11 @@ def test_norm_is_called_with_what_the_module_knows():
     layer = BatchNorm(False, axis=0, dtype=jnp.bfloat16, axis_name="i", use_bias=False, norm=norm)
     y, new = layer.init_with_output(KEY, X)
     close(y, X * 2)
-    assert seen[0][0].bias is None and seen[0][1].mean.shape == (16,) and seen[0][2] is True
+    assert seen[0][0].bias is None and seen[0][1].mean.shape == (16,) and seen[0][2] is False
     unmapped = {"axis_name": None, "axis_index_groups": None}
     assert seen[0][3] == {"axis": 0, "mask": None, "dtype": jnp.bfloat16, **unmapped}
     assert np.all(stats_of(layer, new)["mean"] == 1)
+    assert seen[1][2] is True
     assert seen[1][3]["axis_name"] == "i" and seen[1][3]["axis_index_groups"] is None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from bnjax import _checks
 from bnjax._fold import layouts
 from bnjax._fold.layouts import Affine, Layout
-from bnjax._functional import BNParams, BNState
+from bnjax._types import BNParams, BNState
 
 
 def affine(params: BNParams, state: BNState, *, epsilon: float | jax.Array = 1e-5) -> Affine:

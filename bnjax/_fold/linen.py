@@ -87,10 +87,8 @@ def fold(
         for name, array in zip(("kernel", "bias"), new, strict=True):
             key = _key(path, name)
             flat[key] = _replaced(flat[key] if name in old else None, array)
-    for f in folds:
-        for name in found.call(f.norm).parameters:
-            del flat[_key(f.norm, name)]
-    tree = unflatten_dict(flat)
+    gone = {_key(f.norm, name)[:-1] for f in folds for name in ("mean", "scale")}
+    tree = unflatten_dict({key: box for key, box in flat.items() if key[:-1] not in gone})
     apply = _apply(
         model, variables, found, folds, tracing.signature((args, kwargs, _others(variables)))
     )

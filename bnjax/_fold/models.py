@@ -11,7 +11,7 @@ from jax import lax
 from bnjax import _checks
 from bnjax._fold import kernels, layouts
 from bnjax._fold.layouts import Affine, Layout
-from bnjax._functional import BNParams, BNState, Norm
+from bnjax._types import BNParams, BNState, Norm
 
 Kind = Literal["dense", "conv", "transposed"]
 
@@ -153,9 +153,10 @@ def same_numerics(one: tuple[Any, Any], other: tuple[Any, Any], shapes: Mapping[
     return all(np.array_equal(a, b) for a, b in zip(*maps, strict=True))
 
 
-def _probe(norm: Norm, params: BNParams, state: BNState) -> Affine:
+def _probe(norm: Norm, params: BNParams, known: BNState) -> Affine:
     """The map of any `Norm`, whose epsilon only its function knows, in float64."""
     with jax.enable_x64(True):
+        state = norm.init(known.mean.shape)[1]._replace(**known._asdict())
 
         def wide(v: Any) -> jax.Array:
             floating = jnp.issubdtype(v.dtype, jnp.floating)

@@ -16,6 +16,8 @@ from bnjax._fold.tracing import Call, difference
 # The layer after a normalization gets inputs that are not centred, and errs by 0.6 times their
 # means in deviations more. Up to this a float32 result stays within what its sums may err.
 _DEVIATIONS = 10
+# What a layer computes with; norms may keep more, of other dtypes.
+_VALUES = ("kernel", "bias", "mean", "var", "scale")
 
 Pairs = Mapping[str, str] | Iterable[tuple[str, str]]
 
@@ -227,7 +229,8 @@ def _own(model: Model, path: str) -> str | None:
             return call.why
         if not model.flow.marks[number, "out"]:
             return f"{path} is called inside a loop, a branch or another transformation"
-        for dtype in (call.dtype, *(v.dtype for n, v in call.parameters.items() if n != "count")):
+        values = [v for name, v in call.parameters.items() if name in _VALUES]
+        for dtype in (call.dtype, *(v.dtype for v in values)):
             if not jnp.issubdtype(dtype, jnp.floating):
                 return f"{path} computes in {dtype}"
     why = _several(model, path, calls)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import _checks
-from bnjax._functional import BNParams, BNState, bn_apply
+from bnjax._functional import bn_apply
+from bnjax._types import BNParams, BNState
 
 _OPTIONS = ("axis", "momentum", "epsilon", "unbiased")
 _LISTED = 12

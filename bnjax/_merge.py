@@ -1,0 +1,125 @@
+"""Merging: the moments of a union, from those of its parts (Chan, Golub & LeVeque).
+
+What devices, groups, microbatches and replicas have in common.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnjax import _moments, _reduce
+from bnjax._moments import BatchMoments
+from bnjax._reduce import Reduction
+from bnjax._types import Moments
+
+
+def merge(*parts: Moments) -> Moments:
+    """Moments of the union of disjoint parts.
+
+    n = sum(n_i), mean = sum(n_i * mean_i) / n,
+    var = sum(n_i * (var_i + (mean_i - mean)**2)) / n: the variance of the means
+    counts too. Parts without entries (count 0) change nothing.
+
+    Args:
+      *parts: one or more `Moments` of equal shapes, of batches, microbatches,
+        devices or files.
+
+    Returns:
+      `Moments`, in the dtype of the parts.
+
+    Raises:
+      ValueError: no parts, or parts of different shapes. TypeError: other types.
+
+    Example:
+      >>> import jax.numpy as jnp, bnjax
+      >>> x = jnp.array([[1.0], [3.0], [5.0], [7.0]])
+      >>> m = bnjax.merge(bnjax.moments(x[:2]), bnjax.moments(x[2:]))
+      >>> print(m.mean, m.var, m.count)
+      [4.] [5.] [4.]
+
+    Source: Chan, Golub & LeVeque (1983), "Algorithms for computing the sample
+    variance".
+    """
+    if not parts:
+        raise ValueError("`merge` needs at least one `Moments`, got none.")
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise TypeError(
+                f"`merge` takes Moments, got {type(part).__name__}. Fix: merge(*parts), of "
+                "what moments(x) returns."
+            )
+    shapes = {jnp.shape(leaf) for part in parts for leaf in (part.mean, part.var)}
+    if len(shapes) > 1:
+        raise ValueError(f"`merge` needs parts of one shape, got {sorted(shapes)}.")
+    return functools.reduce(_merge_two, parts)
+
+
+def _merge_two(a: Moments, b: Moments) -> Moments:
+    # A part without entries may hold anything, also for the derivative.
+    a, b = _without_garbage(a, b), _without_garbage(b, a)
+    count = a.count + b.count
+    share = b.count / jnp.where(count == 0, 1, count)
+    delta = b.mean - a.mean
+    mean = a.mean + share * delta
+    var = a.var + share * (b.var - a.var) + share * (1 - share) * delta * delta
+    return Moments(mean, var, count)
+
+
+def _without_garbage(part: Moments, other: Moments) -> Moments:
+    """The part; where it has no entries, with the moments of the other."""
+    empty = part.count == 0
+    return Moments(
+        jnp.where(empty, other.mean, part.mean), jnp.where(empty, other.var, part.var), part.count
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def merge_over(r: Reduction, parts: BatchMoments, near: jax.Array) -> BatchMoments:
+    """Moments of the union of parts along array axes, and over the devices of mapped axes.
+
+    In one all-reduce, as sums about `near`, a guess of the mean without influence on the
+    result beyond rounding; another about the mean found, only where the guess was far off.
+    """
+    near = _reduce.shared(r, parts.offset, _reduce.finite_or_zero(near))
+    return _moments.refined(functools.partial(_pass, r, parts), near)
+
+
+@merge_over.defjvp
+def _merge_over_jvp(
+    r: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[BatchMoments, BatchMoments]:
+    """dmean = sum(s_i dmean_i), dvar = sum(s_i (dvar_i + 2 (mean_i - mean) dmean_i)).
+
+    The shares are s_i = n_i / n.
+    """
+    parts, near = primals
+    d = tangents[0]
+    out = merge_over(r, parts, near)
+    share = parts.count / _reduce.spread(_reduce.at_least_one(out.count, out.var.dtype), r.axes)
+    apart = _apart(r, parts, out.shift) - _reduce.spread(out.offset, r.axes)
+    of_mean = d.shift + d.offset
+    sums = [share * of_mean, share * (d.var + 2 * apart * of_mean)]
+    dmean, dvar = _reduce.psum(r, [_reduce.sum_over(v, r) for v in sums])
+    zero = jnp.zeros_like(dmean)
+    return out, BatchMoments(dmean, zero, dvar, zero)
+
+
+def _apart(r: Reduction, parts: BatchMoments, mean: jax.Array) -> jax.Array:
+    """mean_i - mean: first the difference of what is large."""
+    return parts.shift - _reduce.spread(mean, r.axes) + parts.offset
+
+
+def _pass(
+    r: Reduction, parts: BatchMoments, near: jax.Array, known: jax.Array | None
+) -> BatchMoments:
+    apart = _apart(r, parts, near)
+    sums = [parts.count * apart, parts.count * (parts.var + apart * apart)]
+    sums += [parts.count] if known is None else []
+    total, square, *count = _reduce.psum(r, [_reduce.sum_over(v, r) for v in sums])
+    whole = count[0] if known is None else known
+    n = _reduce.at_least_one(whole, total.dtype)
+    offset = total / n
+    var = square / n - offset * offset
+    return BatchMoments(near, offset, jnp.maximum(var, 0), whole)
