@@ -138,7 +138,8 @@ def refined(
         sound = lax.bitwise_and(lax.is_finite(mean), lax.le(lax.abs(m.shift), limit))
         return i + 1, a_pass(_reduce.where(sound, mean, 0), m.count)
 
-    return lax.while_loop(more, again, (jnp.int32(0), a_pass(near, None)))[1]
+    steps = _placement.as_features(jnp.int32(0), near, ())
+    return lax.while_loop(more, again, (steps, a_pass(near, None)))[1]
 
 
 def _sample(r: Reduction, x: jax.Array) -> jax.Array:
@@ -183,7 +184,8 @@ def _pass(
     apart = offset + ahead
     var = square / n - apart * apart
     var = lax.max(var, lax.full_like(var, 0))
-    return BatchMoments(shift, offset, var, jnp.asarray(count, total.dtype))
+    count = _placement.as_features(jnp.asarray(count, total.dtype), total, ())
+    return BatchMoments(shift, offset, var, count)
 
 
 def _moments_tangent(

@@ -56,7 +56,7 @@ class Coefficients(NamedTuple):
     shift: jax.Array
     offset: jax.Array
     inverse: jax.Array  # 1 / sqrt(var + epsilon)
-    from_batch: bool | jax.Array
+    from_batch: jax.Array | None  # None: known while tracing
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -98,12 +98,13 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None
 def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> Coefficients:
     if moments is None:
         inverse = lax.rsqrt(inputs.var + inputs.epsilon)
-        return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), inverse, False)
-    from_batch: bool | jax.Array = True
+        return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), inverse, None)
+    from_batch = inputs.train
     if inputs.mask is not None or inputs.x.size == 0:
-        from_batch = _placement.broadcast(moments.count > 0, moments.var)
-    if inputs.train is not None:
-        from_batch = _placement.broadcast(from_batch & inputs.train, moments.var)
+        some = moments.count > 0
+        from_batch = some if from_batch is None else some & from_batch
+    if from_batch is not None:
+        from_batch = _placement.broadcast(from_batch, moments.var)
     shift = _choose(from_batch, moments.shift, inputs.mean)
     offset = _choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
     var = _choose(from_batch, moments.var, inputs.var)
@@ -145,10 +146,8 @@ def _finite(value: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array
     return value if mask is None else jnp.where(mask | jnp.isfinite(x), value, 0)
 
 
-def _choose(condition: bool | jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    if isinstance(condition, bool):
-        return new if condition else old
-    return _reduce.where(condition, new, old)
+def _choose(condition: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if condition is None else _reduce.where(condition, new, old)
 
 
 def _spread(plan: Plan, x: jax.Array, *vectors: jax.Array) -> list[jax.Array]:

@@ -16,12 +16,13 @@ Tree = TypeVar("Tree")
 
 
 def as_features(tree: Tree, x: jax.Array, axes: tuple[int, ...]) -> Tree:
-    """Vectors per channel, as the channels of `x` are: all but `axes`; scalars as they were."""
+    """Vectors per channel, as the channels of `x` are: all but `axes`; scalars on its mesh."""
     spec = _spec(x)
     if spec is None:
         return tree
     features = tuple(spec[a] for a in range(x.ndim) if a not in axes)
-    return jax.tree.map(lambda v: _place(v, x, features) if v.ndim else v, tree)
+    # Scalars, as JAX wants what enters loops and checkpoints under vmap over a mesh axis.
+    return jax.tree.map(lambda v: _place(v, x, features if v.ndim else ()), tree)
 
 
 def as_entries(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:

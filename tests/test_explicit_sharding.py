@@ -157,3 +157,28 @@ def test_linen(data, train):
         both.append(run(variables, x))
         assert_placed(both[-1][0][1], {"batch_stats": stats})
     tolerances.assert_close(*jax.device_get(both), np.float32, N)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_vmap_over_a_mesh_axis(masked):
+    """A layer per device, each with its own data: JAX batches loops and checkpoints there."""
+    x, w = (np.stack([v, v + 1, 2 * v, v * v]) for v in (X, W))
+    mask = np.stack([MASK, ~MASK, MASK, MASK]) if masked else np.ones_like(x, bool)
+
+    @jax.jit
+    def run(x, w, mask):
+        def f(x, w, mask):
+            options = {"mask": mask} if masked else {}
+            return loss(PARAMS, x, STATE, w, True, **options)
+
+        def total(x):
+            parts, aux = jax.vmap(f)(x, w, mask)
+            return parts.sum(), aux
+
+        return jax.value_and_grad(total, has_aux=True)(x)
+
+    found = run(*place((x, w, mask), P("d")))
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])):
+        expected = run(x, w, mask)
+    tolerances.assert_close(jax.device_get(found), jax.device_get(expected), np.float32, N)
+    assert spec_of(found[1]) == ("d",)
