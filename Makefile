@@ -47,8 +47,8 @@ format: $(READY) ## Rewrite the files in the checked format
 	$(RUN) -m ruff check --fix
 
 bench: $(READY) ## Compare with other implementations; writes benchmarks/results and the README
-	@$(INSTALL) -e '.[benchmarks]'
-	for s in accuracy derivatives peers speed corrections tracing; do \
+	@$(INSTALL) -e '.[benchmarks,tpu]'
+	for s in accuracy derivatives peers speed corrections tracing devices collectives; do \
 	  KERAS_BACKEND=jax $(RUN) benchmarks/$$s.py || exit 1; \
 	done
 	$(RUN) benchmarks/tables.py

@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 EXAMPLES = HERE.parent / "examples" / "results"
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = tuple(HERE.parent / folder / "README.md" for folder in (".", "benchmarks", "examples"))
 REGION = re.compile(r"<!-- table: ([\w-]+) -->\n(?:(?!<!-- table:).)*?<!-- end -->", re.DOTALL)
 OPENING = "<!-- table:"
 
@@ -30,9 +30,7 @@ Rows = list[dict[str, str]]
 PEERS = (
     "variance-1e3",
     "variance-1e4",
-    "output-1e4",
     "gradient-1e4",
-    "variance-bfloat16",
     "mask",
     "mask-devices",
     "mask-nan",
@@ -40,8 +38,6 @@ PEERS = (
     "nan-batch",
     "batch-statistics",
     "residuals",
-    "float64",
-    "batch-of-one",
     "cumulative",
     "traced-train",
 )
@@ -63,12 +59,12 @@ def environment() -> str:
     return f"Python {platform.python_version()}, {layers.versions()}; {kind}"
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """results/NAME.csv, after a line of comment that says what it was measured with."""
+def write(name: str, rows: list[dict[str, Any]], also: str = "") -> None:
+    """results/NAME.csv, after a line of comment that says what it was measured with, and `also`."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {environment()}\n")
+        file.write(f"# {environment()}{also and f'; {also}'}\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -95,14 +91,6 @@ def _with_note(rows: Rows, comment: str) -> str:
     return f"{markdown(rows)}\n\nMeasured with {comment}."
 
 
-def accuracy() -> str:
-    rows, comment = read("variance")
-    shown = [row for row in rows if row["n"] == "8192" and row["mean"] in ("0", "10", "1000")]
-    shown += [row for row in rows if row["n"] == "8192" and row["mean"] == "10000"]
-    kept = [{k: v for k, v in row.items() if k != "n"} for row in shown]
-    return _with_note([_renamed(row, "mean", "mean / deviation") for row in kept], comment)
-
-
 def derivatives() -> str:
     rows, comment = read("derivatives")
     shown = [row for row in rows if row["mean"] in ("0", "10000")]
@@ -111,8 +99,9 @@ def derivatives() -> str:
 
 def speed() -> str:
     rows, comment = read("speed")
-    shown = [row for row in rows if row["mean / deviation"] != "10" or row["shape"] == "8192x1024"]
-    return _with_note(shown, comment)
+    shown = [row for row in rows if row["mean / deviation"] == "0.5" and row["dtype"] == "float32"]
+    columns = ("shape", "forward", "forward + backward")
+    return _with_note([{name: row[name] for name in columns} for row in shown], comment)
 
 
 def peers() -> str:
@@ -130,6 +119,78 @@ def peers() -> str:
         notes.append(f"equinox is in its default mode; mode='batch' changes {changes}.")
     compact = [{k: v for k, v in row.items() if k != other} for row in shown]
     return f"{markdown(compact)}\n\n{' '.join(notes)} Measured with {comment}."
+
+
+def devices() -> str:
+    """The largest difference of each kind of way, of any quantity, with a mask or without."""
+    rows, comment = read("devices")
+    shown = []
+    for way, group in _grouped([row | {"way": _kind(row["way"])} for row in rows], "way"):
+        layouts = list(group[0])[3:]
+        largest = (max(float(row[layout]) for row in group) for layout in layouts)
+        cells = (f"{error:.1e}" for error in largest)
+        shown.append({"": way, **dict(zip(layouts, cells, strict=True))})
+    return _with_note(shown, comment)
+
+
+def _kind(way: str) -> str:
+    if way.startswith("jit"):
+        return "jit, rows and channels sharded" if "channels" in way else "jit, rows sharded"
+    name = way.split(",")[0].split()[0]
+    return f"{name}, check_vma=False" if "without vma" in way else name
+
+
+def devices_all() -> str:
+    rows, comment = read("devices")
+    shown = []
+    for (way, mask), group in _grouped(rows, "way", "mask"):
+        layouts = list(group[0])[3:]
+        cells = {layout: ", ".join(row[layout] for row in group) for layout in layouts}
+        shown.append({"way": way, "mask": mask, **cells})
+    return _with_note(shown, comment)
+
+
+def allreduces() -> str:
+    """Number of all-reduces of each way, and what they carry."""
+    rows, comment = read("allreduces")
+    shown = []
+    for way, group in _grouped(rows, "way"):
+        cells = {
+            f"{part}, {row['mask']}": f"{row[part]} ({_floats(row[f'{part}_bytes'], row)})"
+            for part in ("forward", "backward")
+            for row in group
+        }
+        shown.append({"way": way, **cells})
+    return _with_note(shown, comment)
+
+
+def _floats(size: str, row: dict[str, str]) -> str:
+    """In halves of C, the channels of the layer, since they may be sharded in two."""
+    floats, channels = int(size) // 4, int(row["channels"])
+    halves, others = divmod(2 * floats, channels)
+    return f"{halves / 2:g} C" + (f" + {others // 2}" if others else "")
+
+
+def collectives() -> str:
+    """Bytes forward + backward, by channels and devices."""
+    rows, comment = read("collectives")
+    shown = []
+    for (way, mask, channels), group in _grouped(rows, "way", "mask", "channels"):
+        cells = {
+            f"{row['devices']} devices": f"{row['forward_bytes']} + {row['backward_bytes']}"
+            for row in group
+        }
+        shown.append({"way": way, "mask": mask, "C": channels, **cells})
+    return _with_note(shown, comment)
+
+
+def _grouped(rows: Rows, *names: str) -> list[tuple[Any, Rows]]:
+    """Rows that agree in these columns, wherever they are, by what they agree in."""
+    groups: dict[Any, Rows] = {}
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        groups.setdefault(key if len(names) > 1 else key[0], []).append(row)
+    return list(groups.items())
 
 
 def mnist() -> str:
@@ -197,10 +258,13 @@ def _renamed(row: dict[str, str], old: str, new: str) -> dict[str, str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy,
+    "allreduces": allreduces,
     "cnn": cnn,
+    "collectives": collectives,
     "corrections": plain("corrections"),
     "derivatives": derivatives,
+    "devices": devices,
+    "devices-all": devices_all,
     "mnist": mnist,
     "output": plain("output"),
     "peers": peers,
@@ -230,7 +294,7 @@ def injected(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, compare only")
-    parser.add_argument("--page", type=Path, action="append", help="instead of both pages")
+    parser.add_argument("--page", type=Path, action="append", help="instead of all pages")
     arguments = parser.parse_args()
     differ = False
     for page in arguments.page or PAGES:

@@ -1,7 +1,6 @@
 """The same numbers on one device and on eight: outputs, state and gradients."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,143 +8,95 @@ import numpy as np
 import pytest
 import reference
 import tolerances
+from benchmark_scripts import devices as script
+from benchmark_scripts import tables, ways
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
-from bnjax import BNParams, _reduce
+from bnjax import _reduce
 
-N, C = 64, 6
+N, C, X, W, PARAMS = ways.N, ways.C, ways.X, ways.W, ways.PARAMS
 P = PartitionSpec
-RNG = np.random.default_rng(0)
-X = RNG.normal(3, 2, (N, C)).astype(np.float32)
-W = RNG.normal(size=(N, C)).astype(np.float32)
-PARAMS = BNParams(*RNG.uniform(0.5, 1.5, (2, C)).astype(np.float32))
-U, V = RNG.normal(size=(2, C)).astype(np.float32)
-# Devices with very different numbers of entries; the first has none.
-UNEVEN = RNG.random((N, C)) < np.linspace(0.02, 1, N)[:, None] ** 2
-UNEVEN[: N // 8] = False
-MASKS = {"no mask": np.ones((N, C), bool), "uneven mask": UNEVEN}
-
-
-def local_loss(params, x, w, mask, axis_name=None, parts=1, **options):
-    """The part of one device in the loss, which takes y and the new state."""
-    state = bnjax.bn_init(C)[1]
-    y, new = bnjax.bn_apply(
-        params, state, x, True, axis_name=axis_name, mask=mask, momentum=0.5, **options
-    )
-    of_state = jnp.vdot(U, new.mean) + jnp.vdot(V, new.var)
-    return jnp.sum(y * w + 0.1 * y**2) + of_state / parts, (y, new)
+UNEVEN = ways.uneven((8, 1))
 
 
 def oracle(mask):
     inputs = reference.Inputs(X, PARAMS.scale, PARAMS.bias, np.zeros(C), np.ones(C), 1e-5)
-    out = reference.forward(inputs, mask=mask, momentum=0.5)
-    cotangents = (W + 0.2 * out.y, U, V)
-    gradient = reference.backward(inputs, cotangents, mask=mask, momentum=0.5)
+    options = {"mask": mask, "momentum": ways.MOMENTUM}
+    out = reference.forward(inputs, **options)
+    cotangents = (W + 0.2 * out.y, *ways.coefficients(C))
+    gradient = reference.backward(inputs, cotangents, **options)
     return out.y, tuple(out[1:]), (gradient.scale, gradient.bias), gradient.x
+
+
+def rounding(errors):
+    return all(error <= tolerances.values(jnp.float32, N) for error in errors)
 
 
 def mesh_of(types=AxisType.Auto, shape=(8,), names=("i",)):
     return jax.make_mesh(shape, names, axis_types=(types,) * len(shape))
 
 
-def value_and_grad(f):
-    return jax.value_and_grad(f, (0, 1), has_aux=True)
-
-
-def sharded_jit(types, mask):
-    mesh = mesh_of(types)
-    sharding = NamedSharding(mesh, P("i"))
-    with jax.set_mesh(mesh):
-        args = jax.device_put((X, W, mask), sharding)
-        (_, (y, state)), (params, x) = jax.jit(value_and_grad(local_loss))(PARAMS, *args)
-    assert y.sharding.is_equivalent_to(sharding, 2) and x.sharding.is_equivalent_to(sharding, 2)
-    return y, state, params, x
-
-
-def mapped(names, mesh, vma, inside, mask):
-    """shard_map, differentiated inside or outside."""
-    f = functools.partial(local_loss, axis_name=names, parts=8)
-    data = P(names)
-
-    def total(*args):
-        value, aux = f(*args)
-        return jax.lax.psum(value, names), aux
-
-    def step(*args):
-        if vma:
-            (_, (y, state)), (params, x) = value_and_grad(total)(*args)
-        else:
-            # Gradients of parameters are local, and belong to the summed loss.
-            (_, (y, state)), (params, x) = value_and_grad(f)(*args)
-            params = jax.lax.psum(params, names)
-        return y, state, params, x
-
-    specs = (P(), data, data, data)
-    shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, check_vma=vma)
-    if inside:
-        return jax.jit(shard(step, out_specs=(data, P(), P(), data)))(PARAMS, X, W, mask)
-    whole = shard(total, out_specs=(P(), (data, P())))
-    (_, (y, state)), (params, x) = jax.jit(value_and_grad(whole))(PARAMS, X, W, mask)
-    return y, state, params, x
-
-
 def split_in(parts):
     return lambda v: v.reshape(*parts, -1, C)
 
 
-def stacked(transform, names, parts, mask):
-    """pmap and vmap: a leading axis for each name; parameters' gradients are summed."""
-    f = value_and_grad(functools.partial(local_loss, axis_name=names, parts=8))
-    for name in reversed(parts):
-        f = transform(f, axis_name=name, in_axes=(None, 0, 0, 0))
-    args = (split_in(parts.values())(v) for v in (X, W, mask))
-    (_, (y, state)), (params, x) = (f if transform is jax.pmap else jax.jit(f))(PARAMS, *args)
-    lead = tuple(range(len(parts)))
-    state = jax.tree.map(np.asarray, state)
-    for leaf in state:
-        assert (leaf == leaf[(slice(0, 1),) * len(parts)]).all()
-    state = jax.tree.map(lambda v: v[(0,) * len(parts)], state)
-    params = jax.tree.map(lambda v: np.sum(v, lead), params)
-    return y.reshape(N, C), state, params, x.reshape(N, C)
+# Fewer devices run the same programs on larger parts: the harder numbers are enough there.
+RUNS = [(8, "no mask"), *((n, "uneven mask") for n in script.DEVICES)]
 
 
-def one_axis(vma, inside):
-    return lambda mask: mapped("i", mesh_of(), vma, inside, mask)
+@pytest.mark.parametrize("count, mask", RUNS)
+@pytest.mark.parametrize("way", ways.WAYS)
+def test_one_device_is_many(way, count, mask, devices):
+    """In numbers; and with one all-reduce forward and one backward, on any of these devices.
+
+    Two in a program that has both are one each: what flows back needs the outputs.
+    """
+    measured = script.measure(ways.WAYS[way], devices[:count], script.MASKS[mask])
+    assert rounding(measured.differences.values()), measured.differences
+    assert all(len(bits) == 1 for bits in measured.copies.values()), "the devices drift apart"
+    parts, channels = ways.WAYS[way].grid(count)
+    always = [c for c in measured.collectives if c.place == "always"]
+    assert [c.kind for c in always] == ["all-reduce"] * (2 if parts > 1 else 0)
+    # Whether there is another pass is decided for all channels.
+    decision = [(c.kind, c.bytes) for c in measured.collectives if c.place == "condition"]
+    assert decision == [("all-reduce", 1)] * (channels > 1)
 
 
-def two_axes(vma):
-    return lambda mask: mapped(("i", "j"), mesh_of(shape=(2, 4), names=("i", "j")), vma, True, mask)
+@pytest.mark.parametrize(
+    "grid", [None, *sorted({way.grid(n) for way in ways.WAYS.values() for n in script.DEVICES})]
+)
+def test_one_device(grid):
+    """What several devices are compared with."""
+    mask = None if grid is None else ways.uneven(grid)
+    found = script.differences(
+        ways.Results(*jax.tree.map(jnp.asarray, ways.on_one_device(grid))), oracle(mask)
+    )
+    assert rounding(found.values()), found
 
 
-WAYS = {
-    "jit, auto": lambda mask: sharded_jit(AxisType.Auto, mask),
-    "jit, explicit": lambda mask: sharded_jit(AxisType.Explicit, mask),
-    "shard_map, grad inside": one_axis(True, True),
-    "shard_map, grad outside": one_axis(True, False),
-    "shard_map without vma, grad inside": one_axis(False, True),
-    "shard_map without vma, grad outside": one_axis(False, False),
-    "shard_map over two axes": two_axes(True),
-    "shard_map over two axes without vma": two_axes(False),
-    "pmap": lambda mask: stacked(jax.pmap, "i", {"i": 8}, mask),
-    "vmap": lambda mask: stacked(jax.vmap, "i", {"i": 8}, mask),
-    "vmap of vmap": lambda mask: stacked(jax.vmap, ("i", "j"), {"i": 4, "j": 2}, mask),
-    "one device": lambda mask: sharded_jit_on_one(mask),
-}
+def test_the_table():
+    """That of the script, on all devices and in several processes: complete, rounding only."""
+    rows, _ = tables.read("devices")
+    names = [(row["way"], row["mask"], row["quantity"]) for row in rows]
+    assert names == [(w, m, q) for w in ways.WAYS for m in script.MASKS for q in script.QUANTITIES]
+    for row in rows:
+        assert rounding(float(row[layout]) for layout in script.LAYOUTS), row
 
 
-def sharded_jit_on_one(mask):
-    (_, (y, state)), (params, x) = jax.jit(value_and_grad(local_loss))(PARAMS, X, W, mask)
-    return y, state, params, x
-
-
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("way", WAYS)
-def test_one_device_is_many(way, mask):
-    found, expected = WAYS[way](MASKS[mask]), oracle(MASKS[mask])
-    found = (found[0], tuple(found[1]), tuple(found[2]), found[3])
-    tolerances.assert_close(found, expected, jnp.float32, N)
+def test_differences_are_found():
+    """In each quantity, also on one device only, and when an entry is NaN."""
+    expected = ways.on_one_device(None)
+    sharding = NamedSharding(mesh_of(), P("i"))
+    for leaf, quantity in (("y", "outputs"), ("x", "gradients")):
+        for wrong in (1e-3, np.nan):
+            bent = getattr(expected, leaf).copy()
+            bent[-1, -1] += wrong * np.abs(bent).max()
+            found = jax.tree.map(jnp.asarray, expected)
+            found = found._replace(**{leaf: jax.device_put(bent, sharding)})
+            differ = script.differences(found, expected)
+            np.testing.assert_allclose(differ.pop(quantity), wrong, rtol=1e-3)
+            assert set(differ.values()) == {0.0}
 
 
 @pytest.mark.usefixtures("devices")
@@ -190,49 +141,12 @@ def test_forward_mode_and_second_order_in_shard_map(vma, masked):
     tolerances.assert_close(product, reference.directional(gradient, x, W), jnp.float32, N)
 
 
-@pytest.mark.usefixtures("devices")
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("vma", [True, False])
-def test_one_all_reduce_forward_and_one_backward(vma, masked):
-    """Outside of conditionals: the second pass, where it is needed, costs one of its own."""
-    mask = UNEVEN if masked else None
-
-    def total(params, x, w, mask):
-        state = bnjax.bn_init(C)[1]
-        y, _ = bnjax.bn_apply(params, state, x, True, axis_name="i", mask=mask)
-        return jax.lax.psum(jnp.sum(y * w), "i")
-
-    data = P("i")
-    specs = (P(), data, data, None if mask is None else data)
-    f = jax.shard_map(total, mesh=mesh_of(), in_specs=specs, out_specs=P(), check_vma=vma)
-    backward = jax.jit(jax.grad(f, (0, 1) if vma else 1))
-    value = jax.jit(
-        jax.shard_map(
-            lambda params, x, w, mask: bnjax.bn_apply(
-                params, bnjax.bn_init(C)[1], x, True, axis_name="i", mask=mask
-            )[0],
-            mesh=mesh_of(),
-            in_specs=specs,
-            out_specs=data,
-            check_vma=vma,
-        )
-    )
-    assert all_reduces(value, PARAMS, X, W, mask) == 1
-    assert all_reduces(backward, PARAMS, X, W, mask) == 2
-
-
-def all_reduces(f, *args):
-    text = f.lower(*args).compile().as_text()
-    entry = text[text.index("\nENTRY") :]
-    assert re.search(r" (conditional|while)\(", entry), "the second pass is a branch"
-    return len(re.findall(r" all-reduce(?:-start)?\(", entry))
-
-
 GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def grouped(x):
-    return local_loss(PARAMS, x, jnp.zeros(()), None, "i", axis_index_groups=GROUPS)[1][0]
+    options = {"axis_name": "i", "axis_index_groups": GROUPS}
+    return bnjax.bn_apply(PARAMS, bnjax.bn_init(C)[1], x, True, **options)[0]
 
 
 @pytest.mark.usefixtures("devices")

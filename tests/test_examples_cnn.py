@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +233,19 @@ def test_folding_leaves_no_normalization():
 # --- killed, resumed -------------------------------------------------------
 
 
+def test_run_cut_short_resumes_to_the_same_bits(small, tmp_path):
+    """What a run leaves that was killed after its first checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(small, folder)
+    shutil.rmtree(folder / "checkpoints" / "8")
+    for name in ("metrics.csv", "curves.png", "folded.csv"):
+        (folder / name).unlink()
+    assert main(small_run(folder, "--resume")) == 0
+    options = {"channels": (4, 8), "batch_size": 20, "eval_every": 4, "steps": 8}
+    LongRun(train_cnn.SCRIPT, options, small).assert_same(folder)
+
+
+@pytest.mark.slow  # the MLP's is killed in every run of the tests, by the same code
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_killed_run_resumes_to_the_same_bits(tmp_path):
     options = {"channels": (4,), "residual": True, "batch_size": 20, "eval_every": 4, "steps": 80}

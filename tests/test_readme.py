@@ -15,7 +15,7 @@ import bnjax
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "benchmarks" / "README.md")
+PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "benchmarks", "examples"))
 NO_RUN = "<!-- no-run -->"
 FENCE = re.compile(r"(?ms)^( *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^\1```[ ]*$")
 LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
@@ -100,7 +100,7 @@ def test_every_module_occurs(module):
     assert f"bnjax.{module}" in README.read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=["README", "benchmarks"])
+@pytest.mark.parametrize("page", PAGES, ids=["README", "benchmarks", "examples"])
 def test_links(page):
     assert not broken(page.read_text(), page.parent)
 

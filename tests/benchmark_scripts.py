@@ -1,0 +1,16 @@
+"""The scripts of benchmarks/ that tests run too."""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+# Here, because only from here on are they found; the tests take them from this module.
+import collectives  # noqa: E402
+import devices  # noqa: E402
+import hlo  # noqa: E402
+import tables  # noqa: E402
+import ways  # noqa: E402
+
+__all__ = ["FOLDER", "collectives", "devices", "hlo", "tables", "ways"]
