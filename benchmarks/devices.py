@@ -142,9 +142,12 @@ def _wait(started: Sequence[subprocess.Popen[bytes]], deadline: float) -> str:
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Without a number of devices, which each process sets for itself."""
+    """Without a number of devices, which each process sets for itself.
+
+    Stripped, since XLA takes flags that begin with a space for the name of a file.
+    """
     flags = variables.get("XLA_FLAGS", "")
-    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", flags)
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", flags).strip()
     folder = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, (folder, variables.get("PYTHONPATH"))))
     return {**variables, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}

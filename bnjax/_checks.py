@@ -126,8 +126,8 @@ def at_least_one(name: str, value: Any) -> int:
     """A positive Python int."""
     if not _is_int(value):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"`{name}` must be at least 1 and below 2**31, got {value}.")
     return operator.index(value)
 
 

@@ -26,7 +26,8 @@ def ghost(size: int, *, uneven: bool = False, **options: Any) -> Norm:
     `axis_name` merges the groups of all devices, for the running statistics only. Of
     a batch that is sharded under jit, groups that lie on one device each are
     normalized without communication: with size = examples per device, that turns
-    synchronization off.
+    synchronization off. (Groups across devices communicate; on a mesh of explicit axes
+    they are an error.)
 
     Args:
       size: examples in a group, at least 1; divides the batch.
@@ -76,7 +77,7 @@ class _Groups(NamedTuple):
     number: int
     examples: int  # of the batch; the last group lacks the rest
 
-    def split(self, x: jax.Array) -> jax.Array:
+    def cut(self, x: jax.Array) -> jax.Array:
         """x, or a mask, with an axis of groups; filled up with 0, that is False."""
         if x.shape[self.axis] != self.examples:  # one for all: a mask
             return jnp.expand_dims(x, self.axis)
@@ -84,10 +85,10 @@ class _Groups(NamedTuple):
         if missing:
             widths = [(0, missing if a == self.axis else 0, 0) for a in range(x.ndim)]
             x = lax.pad(x, jnp.zeros((), x.dtype), widths)
-        return _placement.split(x, self.axis, self.number, self.size)
+        return _placement.cut(x, self.axis, self.number, self.size)
 
     def join(self, y: jax.Array, like: jax.Array) -> jax.Array:
-        """The inverse of `split`."""
+        """The inverse of `cut`."""
         y = _placement.join(y, self.axis, like)
         return lax.slice_in_dim(y, 0, self.examples, axis=self.axis)
 
@@ -105,7 +106,15 @@ def _groups(x: jax.Array, axes: tuple[int, ...], size: int, uneven: bool) -> _Gr
             f"`size` must divide the {examples} examples along axis {axes[0]} of `x`, got {size}. "
             f"Fix: ghost({fits}), or ghost({size}, uneven=True), whose last group is smaller."
         )
-    return _Groups(axes[0], size, -(-examples // size), examples)
+    groups = _Groups(axes[0], size, -(-examples // size), examples)
+    shards = _placement.shards(x, axes[0])
+    if groups.number % shards or (shards > 1 and examples % size):
+        raise ValueError(
+            f"`size` must cut the {examples} examples along axis {axes[0]} of `x` into groups of "
+            f"equal size that divide evenly over its {shards} shards, on a mesh of explicit axes, "
+            f"got {groups.number} groups of {size}. Fix: a size that divides {examples // shards}."
+        )
+    return groups
 
 
 def _compute(
@@ -120,7 +129,7 @@ def _compute(
     # Groups become a feature axis, where it is cut out of the batch.
     shifted = tuple(a + (a >= groups.axis) for a in r.axes)
     across = sum(a not in r.axes for a in range(groups.axis))
-    grouped = _normalize.placed(_grouped(inputs, groups, across), shifted)
+    grouped = _grouped(inputs, groups, across, shifted)
     plan = layer.plan._replace(reduction=Reduction(shifted, branches=False))
     y, batch = _normalize.normalize(plan, grouped)
     assert batch is not None  # as this is training
@@ -129,25 +138,19 @@ def _compute(
     return groups.join(y, inputs.x), _layer.update(layer, inputs, given, whole.plain(), weight)
 
 
-def _grouped(inputs: Inputs, groups: _Groups, across: int) -> Inputs:
+def _grouped(inputs: Inputs, groups: _Groups, across: int, axes: tuple[int, ...]) -> Inputs:
     """The inputs for a batch with an axis of groups, and vectors with one at `across`."""
-
-    def repeated(v: jax.Array | None) -> jax.Array | None:
-        if v is None or not v.ndim:
-            return v
-        shape = (*v.shape[:across], groups.number, *v.shape[across:])
-        return jnp.broadcast_to(jnp.expand_dims(v, across), shape)
-
     x, mask, train, *vectors = inputs
     if groups.number * groups.size != groups.examples:
         shape = tuple(groups.examples if a == groups.axis else 1 for a in range(x.ndim))
         real = jnp.ones(shape, bool)
         mask = real if mask is None else mask & real
-    return Inputs._make(
-        (
-            groups.split(x),
-            None if mask is None else groups.split(mask),
-            train,
-            *map(repeated, vectors),
-        )
-    )
+    mask = None if mask is None else groups.cut(mask)
+    x = groups.cut(x)
+
+    def repeated(v: jax.Array | None) -> jax.Array | None:
+        if v is None or not v.ndim:
+            return v
+        return _placement.repeated(v, across, groups.number, x, axes)
+
+    return Inputs._make((x, mask, train, *map(repeated, vectors)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bnjax import _moments, _reduce
 from bnjax._moments import BatchMoments
@@ -53,26 +54,27 @@ def merge(*parts: Moments) -> Moments:
     shapes = {jnp.shape(leaf) for part in parts for leaf in (part.mean, part.var)}
     if len(shapes) > 1:
         raise ValueError(f"`merge` needs parts of one shape, got {sorted(shapes)}.")
-    return functools.reduce(_merge_two, parts)
-
-
-def _merge_two(a: Moments, b: Moments) -> Moments:
-    # A part without entries may hold anything, also for the derivative.
-    a, b = _without_garbage(a, b), _without_garbage(b, a)
-    count = a.count + b.count
-    share = b.count / jnp.where(count == 0, 1, count)
-    delta = b.mean - a.mean
-    mean = a.mean + share * delta
-    var = a.var + share * (b.var - a.var) + share * (1 - share) * delta * delta
-    return Moments(mean, var, count)
-
-
-def _without_garbage(part: Moments, other: Moments) -> Moments:
-    """The part; where it has no entries, with the moments of the other."""
-    empty = part.count == 0
-    return Moments(
-        jnp.where(empty, other.mean, part.mean), jnp.where(empty, other.var, part.var), part.count
+    means, variances, counts = (
+        jnp.stack([jnp.broadcast_to(v, *shapes) for v in values])
+        for values in zip(*parts, strict=True)
     )
+    return union(BatchMoments(means, jnp.zeros_like(means), variances, counts)).plain()
+
+
+def union(parts: BatchMoments) -> BatchMoments:
+    """Moments of the union of parts along the first axis; counts may be any weights."""
+    # A part without entries may hold anything, also for the derivative.
+    some = parts.count > 0
+    shift, offset, var = (jnp.where(some, v, 0) for v in parts[:3])
+    count = parts.count.sum(0)
+    share = parts.count / _reduce.spread(jnp.where(count == 0, 1, count), (0,))
+    # Without influence on the result beyond rounding, hence without derivative.
+    mean = lax.stop_gradient((share * (shift + offset)).sum(0))
+    near, _ = _moments.split(mean, mean, bits_less=1)
+    apart = shift - _reduce.spread(near, (0,)) + offset
+    rest = (share * apart).sum(0)
+    apart = apart - _reduce.spread(rest, (0,))
+    return BatchMoments(near, rest, (share * (var + apart * apart)).sum(0), count)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

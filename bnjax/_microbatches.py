@@ -4,25 +4,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax import _checks, _functional, _layer, _merge, _normalize, _placement, _reduce
+from bnjax._moments import BatchMoments
 from bnjax._normalize import Inputs
-from bnjax._types import BNParams, BNState, Moments, Norm
+from bnjax._types import BNParams, BNState, Norm
 
 
 class MicrobatchState(NamedTuple):
     """Running statistics, and the moments of the microbatches of an unfinished step.
 
-    `mean`, `var`, `count` as in `BNState`. `part_mean`, `part_var` and `part_count`
-    are the merged `Moments` of the `part_steps` (int32) microbatches since the last
-    update. All of shape [C].
+    `mean`, `var`, `count` as in `BNState`. The merged moments of the `part_steps`
+    (int32) microbatches since the last update are part_shift + part_offset, their mean
+    in two parts for the sake of accuracy, `part_var`, and `part_count`, their entries.
+    All of shape [C].
     """
 
     mean: jax.Array
     var: jax.Array
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
-    part_mean: jax.Array
+    part_shift: jax.Array
+    part_offset: jax.Array
     part_var: jax.Array
     part_count: jax.Array
     part_steps: jax.Array
@@ -39,7 +43,9 @@ def microbatches(steps: int, **options: Any) -> Norm:
     evaluation.
 
     The state is carried through `jax.lax.scan` over the microbatches of a step, or
-    from call to call beside `optax.MultiSteps(optimizer, every_k_schedule=steps)`.
+    from call to call beside `optax.MultiSteps(optimizer, every_k_schedule=steps)`. What
+    counts are calls: a layer that a model calls twice needs twice as many steps, and
+    microbatches that MultiSteps skips are counted.
 
     Args:
       steps: microbatches in a step of the optimizer, at least 1.
@@ -94,18 +100,18 @@ def _init(features: int | tuple[int, ...], **options: Any) -> tuple[BNParams, Mi
     """As `bn_init`, with no microbatch seen."""
     params, state = _functional.bn_init(features, **options)
     zeros = jnp.zeros_like(state.mean)
-    return params, MicrobatchState(*state, zeros, zeros, zeros, jnp.zeros_like(state.count))
+    return params, MicrobatchState(*state, zeros, zeros, zeros, zeros, jnp.zeros_like(state.count))
 
 
 def _check_parts(state: MicrobatchState) -> None:
     for name, value in zip(state._fields[3:], state[3:], strict=True):
-        if jnp.shape(value) != state.mean.shape:
+        if name != "part_steps":
+            value = _checks.float_array(f"state.{name}", value)
+        if np.shape(value) != state.mean.shape:
             raise ValueError(
                 f"`state.{name}` must have one entry per channel, shape {state.mean.shape}, got "
-                f"shape {jnp.shape(value)}. Fix: microbatches(steps).init(features)."
+                f"shape {np.shape(value)}. Fix: microbatches(steps).init(features)."
             )
-        if name != "part_steps":
-            _checks.float_array(f"state.{name}", value)
     _checks.counter("state.part_steps", state.part_steps, state.mean.shape)
 
 
@@ -121,21 +127,24 @@ def _compute(
     state = _placement.as_features(given, inputs.x, axes)
     y, batch = _normalize.normalize(layer.plan, inputs)
     assert batch is not None  # as this is training
-    part = _with_batch(state, batch.plain())
+    old = BatchMoments(*state[3:7])
+    part = _with_batch(old, batch)
     seen = state.part_steps + 1
     if inputs.train is not None:
-        train = jnp.broadcast_to(inputs.train, seen.shape)
-        part = Moments(*(_reduce.where(train, *v) for v in zip(part, state[3:6], strict=True)))
+        train = _placement.broadcast(inputs.train, seen)
+        part = BatchMoments(*(_reduce.where(train, *v) for v in zip(part, old, strict=True)))
         seen = _reduce.where(train, seen, state.part_steps)
     done = lax.ge(seen, lax.full_like(seen, steps))
-    running = _layer.update(layer, inputs, BNState(*given[:3]), part, weight, done)
+    running = _layer.update(layer, inputs, BNState(*given[:3]), part.plain(), weight, done)
     rest = [_reduce.where(done, lax.full_like(v, 0), v) for v in (*part, seen)]
     return y, MicrobatchState(*running, *_placement.as_given(rest, list(given[3:])))
 
 
-def _with_batch(state: MicrobatchState, batch: Moments) -> Moments:
-    """The moments so far, and those of one more microbatch; in the dtypes of the state."""
-    batch = batch._replace(count=_placement.broadcast(batch.count, batch.var))
-    dtype = state.part_mean.dtype
-    batch = Moments(*(v.astype(dtype) for v in batch))
-    return _merge.merge(Moments(*state[3:6]), batch)
+def _with_batch(part: BatchMoments, batch: BatchMoments) -> BatchMoments:
+    """The moments so far, and those of one more microbatch; in the dtype of the former."""
+    dtype = part.shift.dtype
+    shift = batch.shift.astype(dtype)
+    offset = batch.offset + (batch.shift - shift.astype(batch.shift.dtype))
+    count = _placement.broadcast(batch.count, batch.var)
+    new = BatchMoments(shift, offset.astype(dtype), batch.var.astype(dtype), count.astype(dtype))
+    return _merge.union(BatchMoments(*map(jnp.stack, zip(part, new, strict=True))))

@@ -20,7 +20,7 @@ def as_features(tree: Tree, x: jax.Array, axes: tuple[int, ...]) -> Tree:
     spec = _spec(x)
     if spec is None:
         return tree
-    features = tuple(spec[a] for a in range(x.ndim) if a not in axes)
+    features = _features(spec, axes)
     # Scalars, as JAX wants what enters loops and checkpoints under vmap over a mesh axis.
     return jax.tree.map(lambda v: _place(v, x, features if v.ndim else ()), tree)
 
@@ -48,34 +48,48 @@ def broadcast(value: jax.Array, like: jax.Array) -> jax.Array:
     return as_given(jnp.broadcast_to(value, like.shape), like)
 
 
-def split(x: jax.Array, axis: int, number: int, size: int) -> jax.Array:
+def shards(x: jax.Array, axis: int) -> int:
+    """How many devices share an axis of an array, on a mesh of explicit axes; 1 elsewhere."""
+    spec = _spec(x)
+    names = () if spec is None or spec[axis] is None else spec[axis]
+    mesh = jax.typeof(x).sharding.mesh
+    return math.prod(mesh.shape[n] for n in (names if isinstance(names, tuple) else (names,)))
+
+
+def cut(x: jax.Array, axis: int, number: int, size: int) -> jax.Array:
     """The array with an axis cut in two, of `number` groups of `size` entries."""
     shape = (*x.shape[:axis], number, size, *x.shape[axis + 1 :])
     spec = _spec(x)
     if spec is None:
         return lax.reshape(x, shape)
-    devices = math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in _names(spec[axis]))
-    if number % devices:
-        raise ValueError(
-            f"`size` must cut the {x.shape[axis]} examples along axis {axis} of `x` into groups "
-            f"that divide evenly over its {devices} shards, on a mesh of explicit axes, got "
-            f"{number} groups of {size}. Fix: a size that divides {x.shape[axis] // devices}."
-        )
     return lax.reshape(
         x, shape, out_sharding=_sharding(x, (*spec[: axis + 1], None, *spec[axis + 1 :]))
     )
 
 
+def repeated(
+    v: jax.Array, axis: int, number: int, x: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    """A vector so many times along a new axis, placed as the features of `x` are: all but `axes`.
+
+    At once, since what is placed afterwards is gathered when it is transposed.
+    """
+    shape = (*v.shape[:axis], number, *v.shape[axis:])
+    kept = tuple(a for a in range(len(shape)) if a != axis)
+    spec = _spec(x)
+    features = None if spec is None else _sharding(x, _features(spec, axes))
+    return lax.broadcast_in_dim(v, shape, kept, out_sharding=features)
+
+
 def join(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
-    """The inverse of `split`; placed as another array is."""
+    """The inverse of `cut`; placed as another array is."""
     shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     spec = _spec(like)
     return lax.reshape(x, shape, out_sharding=None if spec is None else _sharding(like, spec))
 
 
-def _names(entry: Any) -> tuple[Any, ...]:
-    """Mesh axes of one axis of an array."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+def _features(spec: tuple[Any, ...], axes: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(entry for a, entry in enumerate(spec) if a not in axes)
 
 
 def _spec(x: jax.Array) -> tuple[Any, ...] | None:

@@ -139,12 +139,14 @@ def deviation(r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Arr
 def shared(r: Reduction, x: jax.Array, v: jax.Array) -> jax.Array:
     """`v` where it is surely the same on all devices of the mapped axes, else 0.
 
-    Under pmap, vmap and shard_map without check_vma nothing tells.
+    Under pmap, vmap and shard_map without check_vma nothing tells. It varies as sums of `x` do
+    then, as loops demand.
     """
     if r.axis_name is None:
-        return v
-    names = set(r.axis_name) if isinstance(r.axis_name, tuple) else {r.axis_name}
-    return v if names <= varying(x) and not names & varying(v) else jnp.zeros_like(v)
+        return vary(v, varying(x))
+    names = frozenset(r.axis_name if isinstance(r.axis_name, tuple) else (r.axis_name,))
+    same = names <= varying(x) and not names & varying(v)
+    return vary(v if same else jnp.zeros_like(v), varying(x) - names)
 
 
 def at_least_one(count: Any, dtype: Any) -> Any:

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax import _checks, _merge, _reduce, _trees
-from bnjax._types import BNState, Moments
+from bnjax._microbatches import MicrobatchState
+from bnjax._moments import BatchMoments
+
+_PARTS = MicrobatchState._fields[3:]
 
 
 def merge_states(states: Any, *, weights: Sequence[float] | jax.Array | None = None) -> Any:
@@ -18,15 +21,16 @@ def merge_states(states: Any, *, weights: Sequence[float] | jax.Array | None = N
     sum(w_i) = 1: the moments of all that the replicas have seen. An average of the
     variances lacks the variance of the means. count = sum(count_i). A channel that a
     replica never trained (count 0, where counts are kept) takes no part, unless none
-    has trained it.
+    has trained it. Of `microbatches`, those of unfinished steps are merged by their
+    counts.
 
     Args:
       states: a list of the replicas' states, or one state whose arrays have a leading
-        axis of replicas, as pmap and vmap return it. A state is a `BNState`, or a tree
-        with running statistics named mean, var and perhaps count, as linen's batch_stats
-        and nnx.state(model, nnx.BatchStat) are.
+        axis of replicas, as pmap and vmap return it. A state is a `BNState`, a
+        `MicrobatchState`, or a tree with statistics of their names, as linen's
+        batch_stats and nnx.state(model, nnx.BatchStat) are.
       weights: one number per replica, at least 0, as the number of examples that it
-        saw; equal by default.
+        saw, in a list or array; equal by default.
 
     Returns:
       One state, of the structure, shapes and dtypes of a replica's.
@@ -45,22 +49,23 @@ def merge_states(states: Any, *, weights: Sequence[float] | jax.Array | None = N
     Source: Chan, Golub & LeVeque (1983).
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(_stacked(states))
-    layers: dict[tuple[str, ...], dict[str, tuple[int, jax.Array]]] = {}
+    replicas = {jnp.shape(leaf)[:1] for _, leaf in leaves}
+    if len(replicas) != 1 or any(jnp.ndim(leaf) < 2 or not len(leaf) for _, leaf in leaves):
+        raise ValueError(
+            "`states` must have a leading axis of replicas, of one length, before the channels, in "
+            f"all arrays, got {sorted({jnp.shape(leaf) for _, leaf in leaves})}. "
+            "Fix: merge_states([state, ...]) for replicas that are apart."
+        )
+    shares = _shares(weights, *replicas.pop())
+    layers: dict[tuple[str, ...], dict[str, tuple[int, Any]]] = {}
     for i, (path, leaf) in enumerate(leaves):
         layer, name = _trees.place(path)
         layers.setdefault(layer, {})[name] = i, leaf
-    replicas = {jnp.shape(leaf)[:1] for _, leaf in leaves}
-    if len(replicas) != 1 or replicas & {(), (0,)}:
-        raise ValueError(
-            "`states` must have a leading axis of replicas, of one length, in all arrays, got "
-            f"{sorted(replicas)}. Fix: merge_states([state, ...]) for replicas that are apart."
-        )
-    shares = _shares(weights, *replicas.pop())
     merged: dict[int, jax.Array] = {}
     for layer, own in layers.items():
-        _check_layer("/".join(layer), own)
-        state = _merge_layer(shares, **{name: leaf for name, (_, leaf) in own.items()})
-        merged |= {i: getattr(state, name) for name, (i, _) in own.items()}
+        values = {name: leaf for name, (_, leaf) in own.items()}
+        found = _merge_layer(shares, **_checked("/".join(layer), values))
+        merged |= {i: found[name] for name, (i, _) in own.items()}
     return jax.tree.unflatten(structure, [merged[i] for i in range(len(leaves))])
 
 
@@ -74,11 +79,8 @@ def _stacked(states: Any) -> Any:
     for other in structures[1:]:
         if str(other) != str(structures[0]):
             raise ValueError(f"`states` must be of one structure, got {structures[0]} and {other}.")
-    for path, *leaves in zip(
-        (path for path, _ in jax.tree_util.tree_leaves_with_path(states[0])),
-        *map(jax.tree.leaves, states),
-        strict=True,
-    ):
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(states[0])]
+    for path, *leaves in zip(paths, *map(jax.tree.leaves, states), strict=True):
         kinds = {(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves}
         if len(kinds) > 1:
             raise ValueError(
@@ -88,43 +90,76 @@ def _stacked(states: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _shares(weights: Any, replicas: int) -> jax.Array:
+def _shares(weights: Any, replicas: int) -> Any:
     """Weights that sum to 1, [replicas]."""
-    shares = jnp.ones(replicas) if weights is None else jnp.asarray(weights, float)
-    if shares.shape != (replicas,):
+    if weights is None:
+        return np.full(replicas, 1 / replicas)
+    if not isinstance(weights, (list, tuple, jax.Array, np.ndarray)):
+        raise TypeError(f"`weights` must be a list or an array of numbers, got {weights!r}.")
+    shape = (len(weights),) if isinstance(weights, (list, tuple)) else weights.shape
+    if shape != (replicas,):
         raise ValueError(
-            f"`weights` must be one number for each of the {replicas} replicas, got shape "
-            f"{shares.shape}."
+            f"`weights` must be one number for each of the {replicas} replicas, got shape {shape}."
         )
-    if _checks.is_concrete(shares):
-        values = np.asarray(shares)
-        if not np.all((values >= 0) & np.isfinite(values)) or not np.any(values):
-            raise ValueError(f"`weights` must be at least 0, and not all 0, got {weights}.")
-    return shares / shares.sum()
+    for weight in weights:
+        _checks.number("weights", weight, 0.0, np.inf, ())
+    if any(not _checks.is_concrete(weight) for weight in weights):
+        traced = jnp.asarray(weights, jnp.float32)
+        return traced / traced.sum()
+    values = np.asarray(weights, np.float64)
+    if not np.isfinite(values).all() or not values.any():
+        raise ValueError(f"`weights` must be finite, and not all 0, got {weights}.")
+    values = values / values.max()
+    return values / values.sum()
 
 
-def _check_layer(layer: str, own: Any) -> None:
+def _checked(layer: str, own: dict[str, Any]) -> dict[str, jax.Array]:
+    """The statistics of one layer as arrays, with a count."""
     names, needed = set(own), {"mean", "var"}
-    if not needed <= names <= needed | {"count"}:
+    if not needed <= names or names - needed - {"count"} not in (set(), {*_PARTS}):
         raise ValueError(
             "`states` must hold running statistics, mean, var and perhaps count for each layer, "
             f"got {sorted(names)} at {layer or 'its top'!r}. Fix: give batch_stats, or "
             "nnx.state(model, nnx.BatchStat), alone."
         )
+    shape = np.shape(own["mean"])
+    found = {"count": jnp.zeros(shape, jnp.int32)}
+    for name, value in own.items():
+        label = f"{layer}/{name}" if layer else name
+        counts = name in ("count", "part_steps")
+        array = (
+            _checks.counter(label, value, shape) if counts else _checks.float_array(label, value)
+        )
+        if array.shape != shape:
+            raise ValueError(f"`{label}` must have the shape of mean, {shape}, got {array.shape}.")
+        found[name] = array
+    return found
 
 
 def _merge_layer(
-    shares: jax.Array, mean: jax.Array, var: jax.Array, count: jax.Array | None = None
-) -> BNState:
+    shares: Any, *, mean: jax.Array, var: jax.Array, count: jax.Array, **parts: jax.Array
+) -> dict[str, jax.Array]:
     """The statistics of one layer; [replicas, C] to [C]."""
-    share = jnp.broadcast_to(jnp.expand_dims(shares, tuple(range(1, mean.ndim))), mean.shape)
-    if count is None:
-        count = jnp.zeros(mean.shape, jnp.int32)
+    wide, spread = _reduce.promoted(mean), _reduce.promoted(var)
+    share = jnp.asarray(shares, wide.dtype).reshape(-1, *[1] * (mean.ndim - 1))
+    share = jnp.broadcast_to(share, mean.shape)
     counted = share > 0
     taught = counted & (count > 0)
     share = jnp.where(taught | ~taught.any(0, keepdims=True), share, 0)
-    wide, spread, weight = (_reduce.promoted(v) for v in (mean, var, share))
-    parts = [Moments(*part) for part in zip(wide, spread, weight, strict=True)]
-    whole = _merge.merge(*parts)
-    updates = jnp.where(counted, count, 0).sum(0, dtype=count.dtype)
-    return BNState(whole.mean.astype(mean.dtype), whole.var.astype(var.dtype), updates)
+    whole = _merge.union(BatchMoments(wide, jnp.zeros_like(wide), spread, share)).plain()
+    merged = {
+        "mean": whole.mean.astype(mean.dtype),
+        "var": whole.var.astype(var.dtype),
+        "count": _total(jnp.where(counted, count, 0)),
+    }
+    if parts:
+        *moments, steps = (parts[name] for name in _PARTS)
+        merged |= zip(_PARTS, (*_merge.union(BatchMoments(*moments)), steps.max(0)), strict=True)
+    return merged
+
+
+def _total(counts: jax.Array) -> jax.Array:
+    """Their sum, which stays at the end of its range rather than turn negative."""
+    limit = jnp.iinfo(counts.dtype).max
+    fits = counts.astype(jnp.float32).sum(0) < limit
+    return jnp.where(fits, counts.sum(0, dtype=counts.dtype), limit)

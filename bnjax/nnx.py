@@ -300,9 +300,9 @@ def revert(model: Any) -> tuple[tuple[Any, ...], ...]:
                 "Fix: set them to flax's values first."
             )
     for layer in layers.values():
-        for name in ("unbiased", "norm", "count"):  # no norm: no other statistics
-            if hasattr(layer, name):
-                delattr(layer, name)
+        statistics = [n for n, v in vars(layer).items() if isinstance(v, nnx.BatchStat)]
+        for name in {"unbiased", "norm", *statistics} - {"mean", "var"}:
+            delattr(layer, name)
         object.__setattr__(layer, "__class__", nnx.BatchNorm)
     return tuple(layers)
 

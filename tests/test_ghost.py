@@ -176,6 +176,9 @@ def test_no_communication_but_for_the_state(types, masked, devices):
         y, pull = jax.vjp(lambda x: norm.apply(PARAMS, STATE, x, True, mask=mask)[0], x)
         return y, pull(w)[0]
 
+    def of_params(x, w, mask):
+        return jax.grad(lambda p: jnp.sum(w * norm.apply(p, STATE, x, True, mask=mask)[0]))(PARAMS)
+
     def both(x, mask):
         return norm.apply(PARAMS, STATE, x, True, mask=mask)
 
@@ -191,12 +194,37 @@ def test_no_communication_but_for_the_state(types, masked, devices):
         whole = jax.jit(both).lower(x, m).compile()
         (found,) = collectives(whole)
         assert found == ("all-reduce", (3 if masked else 2) * C)
+        # What data parallelism takes, not of each group.
+        (found,) = collectives(jax.jit(of_params).lower(x, w, m).compile())
+        assert found == ("all-reduce", 2 * C)
         # The way to see that the count sees: batch_norm couples the devices.
         plain = jax.jit(lambda x: bnjax.bn_apply(PARAMS, STATE, x, True)[0]).lower(x).compile()
         assert collectives(plain)
         y, new = whole(x, m)
     expected, state = oracle(X, N // len(devices), mask=mask, momentum=0.5)
     tolerances.assert_close((y, tuple(new)), (expected, state), jnp.float32, N)
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("norm", [bnjax.batch_norm(), bnjax.ghost(4), bnjax.microbatches(1)])
+@pytest.mark.parametrize("name", [None, "j"])
+def test_a_mesh_axis_that_is_not_synchronized(norm, name):
+    """Replicas on their own, from one state: all that a loop carries varies over that axis."""
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
+    params, state = norm.init(C)
+
+    def f(x):
+        y, new = norm.apply(params, state, x, True, axis_name=name)
+        return y, jax.tree.map(lambda v: v[None], new)
+
+    specs = {
+        "in_specs": P(("i", "j")),
+        "out_specs": (P(("i", "j")), P("i" if name else ("i", "j"))),
+    }
+    found = jax.jit(jax.shard_map(f, mesh=mesh, **specs))(X)
+    y, states = jax.vmap(jax.vmap(f, axis_name="j"))(X.reshape(4, 2, -1, C))
+    states = jax.tree.map(lambda v: (v[:, 0] if name else v).reshape(-1, C), states)
+    tolerances.assert_close(found, (y.reshape(N, C), states), jnp.float32, N)
 
 
 @pytest.mark.usefixtures("devices")
@@ -280,6 +308,10 @@ def test_groups_across_explicit_shards_are_refused(devices):
         check_message(
             lambda: GHOST.apply(PARAMS, STATE, x, True),
             (ValueError, "size", "over its 8 shards", "4 groups of 16", "a size that divides 8"),
+        )
+        check_message(
+            lambda: bnjax.ghost(6, uneven=True).apply(PARAMS, STATE, x, True),
+            (ValueError, "size", "equal size", "11 groups of 6", "a size that divides 8"),
         )
 
 

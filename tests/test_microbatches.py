@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,10 +82,25 @@ def test_state_in_between_and_over_steps():
     np.testing.assert_array_equal(state.part_steps, 2)
     np.testing.assert_array_equal(state.part_count, 2 * N / STEPS)
     mean, var = X[: 2 * N // STEPS].mean(0), X[: 2 * N // STEPS].var(0)
-    tolerances.assert_close((state.part_mean, state.part_var), (mean, var), jnp.float32, N)
+    found = (state.part_shift + state.part_offset, state.part_var)
+    tolerances.assert_close(found, (mean, var), jnp.float32, N)
     twice, _ = after(norm, times=2)
     np.testing.assert_array_equal(twice.count, 2)
     tolerances.assert_close(twice.mean, 0.75 * X.mean(0, dtype=np.float64), jnp.float32, N)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e4])
+@pytest.mark.parametrize("n, steps", [(8, 4), (2, 16), (4096, 2)])
+def test_accurate_at_any_mean(n, steps, mean):
+    """Though the means of few entries differ much, and are large beside that."""
+    x = (np.random.default_rng(0).normal(size=(steps, n, C)) + mean).astype(np.float32)
+    norm = bnjax.microbatches(steps, momentum=0.0)
+    params, state = norm.init(C)
+    state, _ = jax.jit(
+        lambda s, x: jax.lax.scan(lambda s, x: norm.apply(params, s, x, True)[::-1], s, x)
+    )(state, x)
+    bound = tolerances.variance(jnp.float32, n * steps, mean)
+    np.testing.assert_allclose(state.var, x.var((0, 1), dtype=np.float64), rtol=bound)
 
 
 def test_nan_costs_its_channel_one_step():
@@ -92,7 +108,7 @@ def test_nan_costs_its_channel_one_step():
     x[0, 0] = np.nan
     state, _ = after(norm, x=x)
     np.testing.assert_array_equal(state.count, [0, 1, 1, 1])
-    assert state.mean[0] == 0 and state.var[0] == 1 and np.isfinite(state.part_mean).all()
+    assert state.mean[0] == 0 and state.var[0] == 1 and np.isfinite(state.part_shift).all()
     params, _ = norm.init(C)
     for part in in_parts(X):
         _, state = norm.apply(params, state, part, True)
@@ -173,12 +189,16 @@ def test_nnx_is_the_function():
     for name in MicrobatchState._fields:
         if name != "count":
             np.testing.assert_array_equal(getattr(layer, name)[...], getattr(state, name))
+    reverted = nnx.clone(layer)
+    reverted.norm = None
+    bnjax.nnx.revert(reverted)
+    assert set(nnx.state(reverted, nnx.BatchStat)) == {"mean", "var"}
     layer.norm = bnjax.microbatches(2, momentum=bnjax.cumulative())
     with pytest.raises(ValueError, match=r"must hold .*got none for \['count'\]"):
         layer(X)
     plain = bnjax.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
     plain.norm = norm
-    with pytest.raises(ValueError, match=r"'part_mean'.*make the layer with this norm"):
+    with pytest.raises(ValueError, match=r"'part_shift'.*make the layer with this norm"):
         plain(X)
 
 
@@ -190,6 +210,11 @@ def test_sharded(types, devices):
     with jax.set_mesh(mesh):
         x = jax.device_put(X, jax.NamedSharding(mesh, PartitionSpec("i")))
         _, new = jax.jit(functools.partial(norm.apply, train=True))(params, state, x)
+        # A choice by a traced scalar, of channels that are sharded.
+        columns = jax.device_put(np.tile(X, 2), jax.NamedSharding(mesh, PartitionSpec(None, "i")))
+        params, state = norm.init(2 * C)
+        _, same = jax.jit(norm.apply)(params, state, columns, jnp.array(False))
+    chex.assert_trees_all_equal(same, state)
     moments = reference.moments(X)
     tolerances.assert_close(new.mean, 0.5 * moments.mean, jnp.float32, N)
     tolerances.assert_close(new.var, 0.5 + 0.5 * moments.var, jnp.float32, N)
@@ -212,9 +237,14 @@ REFUSED = {
         lambda: NORM.apply(PARAMS, STATE._replace(part_var=jnp.ones(1)), X, True),
         (ValueError, "state.part_var", "shape (4,)", "(1,)", "microbatches(steps).init"),
     ),
+    "list": (
+        lambda: NORM.apply(PARAMS, STATE._replace(part_var=[0.0] * 4), X, True),
+        (TypeError, "state.part_var", "array", "list", ""),
+    ),
+    "many": (lambda: bnjax.microbatches(2**32), (ValueError, "steps", "below 2**31", "4294", "")),
     "dtype": (
-        lambda: NORM.apply(PARAMS, STATE._replace(part_mean=jnp.ones(4, int)), X, True),
-        (TypeError, "state.part_mean", "floating", "int32", ""),
+        lambda: NORM.apply(PARAMS, STATE._replace(part_shift=jnp.ones(4, int)), X, True),
+        (TypeError, "state.part_shift", "floating", "int32", ""),
     ),
     "steps": (
         lambda: NORM.apply(PARAMS, STATE._replace(part_steps=jnp.ones(4)), X, True),

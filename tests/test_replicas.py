@@ -101,6 +101,50 @@ def test_what_pmap_returns_in_flax(devices):
     np.testing.assert_allclose(layer.var[...], first["var"], rtol=1e-6)
 
 
+def test_extreme_weights_and_counts():
+    """Large and small weights count by their ratios, and sums of counts do not overflow."""
+    expected = merge_states(STATES, weights=[1, 2, 1])
+    for unit in (1e300, 1e-300):
+        found = merge_states(STATES, weights=[unit, 2 * unit, unit])
+        tolerances.assert_close(found, expected, jnp.float32, 3)
+    much = np.full(C, 2**31 - 2, np.int32)
+    found = merge_states([s._replace(count=jnp.asarray(much)) for s in STATES])
+    np.testing.assert_array_equal(found.count, 2**31 - 1)
+
+
+def test_accurate_at_a_large_mean():
+    x = (np.concatenate(SEEN) + 1e4).astype(np.float32)
+    states = [learned(v) for v in x.reshape(2, 35, C)]
+    np.testing.assert_allclose(merge_states(states).var, x.var(0, dtype=np.float64), rtol=1e-4)
+
+
+def test_unfinished_microbatches():
+    """Of replicas in the middle of a step of gradient accumulation."""
+    norm = bnjax.microbatches(2, momentum=0.0)
+    params, start = norm.init(C)
+    x = np.stack([SEEN[0], SEEN[1][:10]]).astype(np.float32)
+    states = [norm.apply(params, start, part, True)[1] for part in x]
+    merged = merge_states(states)
+    np.testing.assert_array_equal(merged.part_steps, 1)
+    np.testing.assert_array_equal(merged.part_count, 20)
+    _, after = norm.apply(params, merged, x[0], True)
+    seen = np.concatenate([x[0], x[1], x[0]])
+    tolerances.assert_close((after.mean, after.var), (seen.mean(0), seen.var(0)), jnp.float32, 30)
+
+
+@pytest.mark.usefixtures("x64")
+def test_dtypes():
+    """Of the given states, whatever else is in use; NumPy arrays too."""
+    states = [jax.tree.map(np.asarray, s) for s in STATES]
+    with jax.numpy_dtype_promotion("strict"):
+        found = merge_states(states, weights=[1, 1, 1])
+    assert [v.dtype for v in found] == [jnp.float32, jnp.float32, jnp.int32]
+    wide = [
+        s._replace(mean=s.mean.astype(np.float64), var=s.var.astype(np.float64)) for s in states
+    ]
+    assert merge_states(wide).mean.dtype == jnp.float64
+
+
 STACKED = jax.tree.map(lambda *v: jnp.stack(v), *STATES)
 REFUSED = {
     "none": (lambda: merge_states([]), (ValueError, "states", "at least one", "none", "")),
@@ -112,13 +156,25 @@ REFUSED = {
         lambda: merge_states([STATES[0], STATES[1]._replace(var=jnp.ones(2))]),
         (ValueError, "states.var", "one shape and dtype", "(2,)", ""),
     ),
-    "scalar": (
-        lambda: merge_states(BNState(1.0, 1.0, 1)),
-        (ValueError, "states", "leading axis", "()", "merge_states([state, ...])"),
+    "one that is not stacked": (
+        lambda: merge_states(STATES[0]),
+        (ValueError, "states", "leading axis", "(3,)", "merge_states([state, ...])"),
     ),
     "lengths": (
         lambda: merge_states(STACKED._replace(mean=STACKED.mean[:2])),
-        (ValueError, "states", "of one length", "2", "merge_states([state, ...])"),
+        (ValueError, "states", "of one length", "(2, 3)", "merge_states([state, ...])"),
+    ),
+    "shapes": (
+        lambda: merge_states([{"mean": jnp.ones(3), "var": jnp.ones(2)}]),
+        (ValueError, "var", "shape of mean", "(1, 2)", ""),
+    ),
+    "integers": (
+        lambda: merge_states([{"mean": jnp.ones(3, int), "var": jnp.ones(3)}]),
+        (TypeError, "mean", "floating", "int32", ""),
+    ),
+    "count": (
+        lambda: merge_states([STATES[0]._replace(count=jnp.ones(3))]),
+        (TypeError, "count", "signed integers", "float32", ""),
     ),
     "parameters": (
         lambda: merge_states([{"params": {"scale": jnp.ones(2)}, "batch_stats": {}}]),
@@ -130,7 +186,19 @@ REFUSED = {
     ),
     "negative weight": (
         lambda: merge_states(STATES, weights=[1, 2, -1]),
-        (ValueError, "weights", "at least 0", "-1", ""),
+        (ValueError, "weights", "in [0, inf]", "-1", ""),
+    ),
+    "kind of weights": (
+        lambda: merge_states(STATES, weights="123"),
+        (TypeError, "weights", "a list or an array", "'123'", ""),
+    ),
+    "kind of a weight": (
+        lambda: merge_states(STATES, weights=["1", "2", "3"]),
+        (TypeError, "weights", "a real number", "'1'", ""),
+    ),
+    "infinite weight": (
+        lambda: merge_states(STATES, weights=[1, 2, np.inf]),
+        (ValueError, "weights", "finite", "inf", ""),
     ),
     "no weight": (
         lambda: merge_states(STATES, weights=[0, 0, 0]),
