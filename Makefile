@@ -14,10 +14,10 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-cnn test test-all test-torch lint format bench clean FORCE
+.PHONY: help train train-cnn train-multihost test test-all test-torch lint format bench clean FORCE
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PYTHON=python3.13, VENV=DIR, ARGS="..." for the example or for pytest'
 
 train: $(READY) ## Train the MLP of the example, with ARGS="--steps 300 --help ..."
@@ -25,6 +25,9 @@ train: $(READY) ## Train the MLP of the example, with ARGS="--steps 300 --help .
 
 train-cnn: $(READY) ## Train the CNN of the example, and fold it at the end
 	$(RUN) examples/train_cnn.py $(ARGS)
+
+train-multihost: $(READY) ## Train on all devices, ARGS="--local-processes 2 ..." in more processes
+	$(RUN) examples/train_multihost.py $(ARGS)
 
 test: $(READY) ## Run the tests
 	$(RUN) -m pytest -n auto -m "not slow" $(ARGS)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from data import Dataset
 from flax import nnx, serialization
-from training import Network, cross_entropy
+from training import Network, cross_entropy, over_devices
 
 from bnjax.nnx import BatchNorm
 from bnjax.optim import decay_mask
@@ -32,6 +32,7 @@ class Layer(nnx.Module):
         strides: int = 1,
         batch_norm: bool,
         scale_init: Any = nnx.initializers.ones,
+        axis_name: str | None = None,
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
@@ -46,14 +47,21 @@ class Layer(nnx.Module):
             rngs=rngs,
         )
         self.norm = (
-            BatchNorm(outputs, momentum=0.9, scale_init=scale_init, dtype=dtype, rngs=rngs)
+            BatchNorm(
+                outputs,
+                momentum=0.9,
+                scale_init=scale_init,
+                axis_name=axis_name,
+                dtype=dtype,
+                rngs=rngs,
+            )
             if batch_norm
             else None
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         x = self.conv(x)
-        return x if self.norm is None else self.norm(x)
+        return x if self.norm is None else self.norm(x, mask=mask)
 
 
 class Stage(nnx.Module):
@@ -72,16 +80,17 @@ class Stage(nnx.Module):
         self.second = Layer(outputs, outputs, scale_init=init, **options)
         self.residual = residual
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.entry(x))
-        y = self.second(nnx.relu(self.first(x)))
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = nnx.relu(self.entry(x, mask))
+        y = self.second(nnx.relu(self.first(x, mask)), mask)
         return nnx.relu(x + y if self.residual else y)
 
 
 class CNN(nnx.Module):
     """A stage for each number of channels, each at half the size of the one before; then Linear.
 
-    Takes flat features, of images of the given shape.
+    Takes flat features, of images of the given shape. `mask` says which of them
+    count in training: a boolean for each.
     """
 
     def __init__(
@@ -92,6 +101,7 @@ class CNN(nnx.Module):
         *,
         residual: bool,
         batch_norm: bool,
+        axis_name: str | None = None,
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
@@ -105,6 +115,7 @@ class CNN(nnx.Module):
                     strides=1 if i == 0 else 2,
                     residual=residual,
                     batch_norm=batch_norm,
+                    axis_name=axis_name,
                     dtype=dtype,
                     rngs=rngs,
                 )
@@ -113,10 +124,11 @@ class CNN(nnx.Module):
         )
         self.head = nnx.Linear(channels[-1], classes, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         x = x.reshape(-1, *self.shape)
+        pixels = None if mask is None else mask[:, None, None, None]
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, pixels)
         return self.head(x.mean((1, 2))).astype(jnp.float32)
 
 
@@ -166,10 +178,21 @@ def _from_dict(variables: Any, values: dict[str, jax.Array]) -> Any:
 serialization.register_serialization_state(nnx.State, _to_dict, _from_dict)
 
 
-def train_step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+def train_step(
+    state: State,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
+) -> tuple[State, jax.Array]:
     """One step of the optimizer on one batch; returns the batch's mean cross-entropy as well."""
     model, optimizer = nnx.merge(state.graph, state.variables)
-    loss, grads = nnx.value_and_grad(lambda model: cross_entropy(model(images), labels))(model)
+
+    def loss_fn(model: CNN) -> jax.Array:
+        return cross_entropy(model(images, mask), labels, mask, axis_name)
+
+    loss, grads = over_devices(nnx.value_and_grad(loss_fn)(model), axis_name)
     optimizer.update(model, grads)
     return State(nnx.state((model, optimizer)), state.key, state.graph), loss
 
@@ -196,14 +219,14 @@ def logits(state: State, images: jax.Array) -> jax.Array:
     return model_logits(in_evaluation(state), images)
 
 
-def networks(settings: Any, dataset: Dataset) -> dict[str, Network]:
+def networks(settings: Any, dataset: Dataset, axis_name: str | None = None) -> dict[str, Network]:
     """The networks before training, with equal kernels and one order of the examples."""
     init_key, order_key = jax.random.split(jax.random.key(settings.seed))
 
-    plain = _model(settings, dataset, False, init_key)
+    plain = _model(settings, dataset, False, init_key, axis_name)
     models = {"no-bn": plain}
     if settings.bn:
-        models = {"bn": _model(settings, dataset, True, init_key), **models}
+        models = {"bn": _model(settings, dataset, True, init_key, axis_name), **models}
         nnx.update(models["bn"], nnx.state(plain, lambda path, _: path[-1] == "kernel"))
     found = {}
     for name, model in models.items():
@@ -212,11 +235,13 @@ def networks(settings: Any, dataset: Dataset) -> dict[str, Network]:
         graph, variables = nnx.split((model, _optimizer(settings, model)))
         # Copies, as each state is donated with all of its buffers.
         state = jax.tree.map(jnp.copy, State(variables, order_key, graph))
-        found[name] = Network(state, train_step, logits)
+        found[name] = Network(state, partial(train_step, axis_name=axis_name), logits)
     return found
 
 
-def _model(settings: Any, dataset: Dataset, batch_norm: bool, key: jax.Array) -> CNN:
+def _model(
+    settings: Any, dataset: Dataset, batch_norm: bool, key: jax.Array, axis_name: str | None
+) -> CNN:
     assert dataset.shape is not None  # as the script has checked
     return CNN(
         dataset.shape,
@@ -224,6 +249,7 @@ def _model(settings: Any, dataset: Dataset, batch_norm: bool, key: jax.Array) ->
         dataset.classes,
         residual=settings.residual,
         batch_norm=batch_norm,
+        axis_name=axis_name,
         dtype=jnp.dtype(settings.dtype),
         rngs=nnx.Rngs(key),
     )

@@ -8,10 +8,6 @@ from typing import Annotated, Any, Literal
 import data
 import tyro
 
-# They choose where and how a run is carried out, and leave its results alone. Of the data, the
-# contents count, not their place.
-NOT_RESULTS = {"data_dir", "run_dir", "resume", "target"}
-
 
 class SettingsError(ValueError):
     """An option has a value that cannot work; the message names it and the fix."""
@@ -45,6 +41,13 @@ class Settings:
     """Run folder. Default: the next free runs/NAME-NNN, with --resume the newest of them."""
     resume: bool = False
     """Continue the run in the run folder, with the same settings."""
+
+    def not_results(self) -> set[str]:
+        """Names of the settings that choose where and how a run is carried out.
+
+        They leave its results alone. Of the data, the contents count, not their place.
+        """
+        return {"data_dir", "run_dir", "resume", "target"}
 
 
 def check(settings: Settings) -> None:
@@ -92,12 +95,32 @@ def check_batch(settings: Settings, dataset: data.Dataset) -> None:
         )
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def command_line(settings: Settings) -> list[str]:
+    """Arguments that say the same: all settings that differ from their defaults."""
+    arguments = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            arguments += [flag(field.name) if value else flag(f"no_{field.name}")]
+        else:
+            values = value if isinstance(value, tuple) else [value]
+            arguments += [flag(field.name), *map(str, values)]
+    return arguments
+
+
 def decisive(settings: Settings, dataset: data.Dataset) -> dict[str, Any]:
     """Option name -> value, for all that determines the results."""
+    left_out = settings.not_results()
     found = {
-        f"--{name.replace('_', '-')}": value
+        flag(name): value
         for name, value in dataclasses.asdict(settings).items()
-        if name not in NOT_RESULTS
+        if name not in left_out
     }
     # A command line has --no-bn or nothing.
     found["--no-bn"] = not found.pop("--bn")

@@ -7,7 +7,8 @@
     folded.csv      the folded network beside the unfolded one (train_cnn.py)
 
 Every file is replaced atomically, and the checkpoint is the only thing that a
-resumed run reads, so the process may be killed at any moment.
+resumed run reads, so the process may be killed at any moment. Of several
+processes, the first one checks and writes; all of them read the checkpoints.
 """
 
 import contextlib
@@ -15,12 +16,15 @@ import csv
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import processes
 from flax import serialization
 
 import bnjax
@@ -32,6 +36,7 @@ except ImportError:  # Windows: two processes in one run folder are not noticed 
 
 RUNS = Path("runs")
 LOCK, SETTINGS, CHECKPOINTS, METRICS = ".lock", "settings.json", "checkpoints", "metrics.csv"
+PATIENCE = 10  # seconds in which a new run folder must be seen by all processes
 
 
 class RunFolderError(ValueError):
@@ -66,8 +71,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def check(path: Path, *, settings: dict[str, Any], made_with: dict[str, str], resume: bool) -> str:
+    """Refuse a folder where a run would lose or mix results; changes nothing.
+
+    Arguments, errors: see RunFolder. Returns a note for the user, or nothing.
+    """
+    _check_contents(path, resume)
+    return _compare(path, settings, made_with)
+
+
 class RunFolder:
-    """Opens a run folder for one process; refuses it where that would lose or mix results.
+    """Opens a run folder for one run; refuses it where that would lose or mix results.
 
     Args:
       path: the folder; created if missing.
@@ -83,26 +97,47 @@ class RunFolder:
         self, path: Path, *, settings: dict[str, Any], made_with: dict[str, str], resume: bool
     ) -> None:
         self.path = path
-        self.note = ""
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._check_contents(resume)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self._take_lock())
-                self._compare_or_write(settings, made_with)
-                self._manager = ocp.CheckpointManager(
-                    (path / CHECKPOINTS).resolve(),
-                    options=ocp.CheckpointManagerOptions(
-                        max_to_keep=2, enable_async_checkpointing=False
-                    ),
+        with contextlib.ExitStack() as stack:
+            claim = partial(self._claim, stack, settings, made_with, resume)
+            self.note: str = processes.on_first(claim)
+            processes.together(self._see)
+            self._manager = self._open(stack)
+            self.close = stack.pop_all().close
+
+    def _claim(
+        self,
+        stack: contextlib.ExitStack,
+        settings: dict[str, Any],
+        made_with: dict[str, str],
+        resume: bool,
+    ) -> str:
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            _check_contents(self.path, resume)
+            stack.enter_context(_take_lock(self.path))
+            note = _compare(self.path, settings, made_with)
+            if not (self.path / SETTINGS).exists():
+                content = json.dumps({"settings": settings, "made_with": made_with}, indent=2)
+                write_atomically(self.path / SETTINGS, f"{content}\n".encode())
+            return note
+
+    def _see(self) -> None:
+        # Network file systems may show a new file some seconds later.
+        deadline = time.monotonic() + PATIENCE
+        while not (self.path / SETTINGS).exists():
+            if time.monotonic() > deadline:
+                raise RunFolderError(
+                    f"--run-dir {self.path}: is another folder here than in the first process. "
+                    "Name one on a file system that all processes share."
                 )
-                stack.callback(self._manager.close)
-                self.close = stack.pop_all().close
-        except OSError as error:
-            raise RunFolderError(
-                f"--run-dir {path}: cannot be written ({error.strerror or error}). "
-                "Choose another folder with --run-dir."
-            ) from None
+            time.sleep(0.1)
+
+    def _open(self, stack: contextlib.ExitStack) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        with _writing(self.path):
+            manager = ocp.CheckpointManager((self.path / CHECKPOINTS).resolve(), options=options)
+        stack.callback(manager.close)
+        return manager
 
     def restore(self, states: Any) -> tuple[Any, dict[str, Any]] | None:
         """The states and the log of the last checkpoint, or None before the first.
@@ -145,6 +180,8 @@ class RunFolder:
                 raise ValueError("orbax declined the checkpoint")
             self.write_table(METRICS, log["metrics"])
         except Exception as error:  # a full disk reaches us as one of many kinds
+            if processes.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process was lost
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RunFolderError(
                 f"--run-dir {self.path}: step {log['step']} could not be saved "
@@ -154,73 +191,94 @@ class RunFolder:
 
     def write_table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """A CSV file in the folder."""
+        if not processes.first():
+            return
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.path / name, table.getvalue().encode())
 
-    def _check_contents(self, resume: bool) -> None:
-        """A run starts in an empty folder and resumes in a run's folder; nothing else goes."""
-        # A run killed before it wrote its settings leaves at most these.
-        names = {p.name for p in self.path.iterdir()} - {LOCK, f".{SETTINGS}.tmp"}
-        if names and not resume:
-            raise RunFolderError(
-                f"--run-dir {self.path}: is not empty. Add --resume to continue the run in it, "
-                "or choose another folder with --run-dir."
-            )
-        if names and SETTINGS not in names:
-            raise RunFolderError(
-                f"--run-dir {self.path}: is not a run folder: it has files, but no {SETTINGS}. "
-                "Choose another folder with --run-dir."
-            )
 
-    @contextlib.contextmanager
-    def _take_lock(self) -> Iterator[None]:
-        # The system gives the lock back when a process ends, however it ends.
-        with open(self.path / LOCK, "w") as lock:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunFolderError(
-                    f"--run-dir {self.path}: another process is training in it. Wait for it to "
-                    "end, or choose another folder with --run-dir."
-                ) from None
-            except OSError:
-                pass  # some network file systems have no locks; a run needs none
-            yield
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"--run-dir {path}: cannot be written ({error.strerror or error}). "
+            "Choose another folder with --run-dir."
+        ) from None
 
-    def _compare_or_write(self, settings: dict[str, Any], made_with: dict[str, str]) -> None:
-        path = self.path / SETTINGS
-        if not path.exists():
-            content = json.dumps({"settings": settings, "made_with": made_with}, indent=2)
-            write_atomically(path, f"{content}\n".encode())
-            return
+
+def _check_contents(folder: Path, resume: bool) -> None:
+    """A run starts in an empty folder and resumes in a run's folder; nothing else goes."""
+    # A run killed before it wrote its settings leaves at most these.
+    names = {p.name for p in folder.iterdir()} - {LOCK, f".{SETTINGS}.tmp"}
+    if names and not resume:
+        raise RunFolderError(
+            f"--run-dir {folder}: is not empty. Add --resume to continue the run in it, "
+            "or choose another folder with --run-dir."
+        )
+    if names and SETTINGS not in names:
+        raise RunFolderError(
+            f"--run-dir {folder}: is not a run folder: it has files, but no {SETTINGS}. "
+            "Choose another folder with --run-dir."
+        )
+
+
+@contextlib.contextmanager
+def _take_lock(folder: Path) -> Iterator[None]:
+    # The system gives the lock back when a process ends, however it ends.
+    with open(folder / LOCK, "w") as lock:
         try:
-            stored = json.loads(path.read_bytes())
-            old, old_made_with = dict(stored["settings"]), dict(stored["made_with"])
-        except (ValueError, KeyError, TypeError) as error:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise RunFolderError(
-                f"{path}: is damaged ({type(error).__name__}: {error}). Start anew with another "
-                "--run-dir."
+                f"--run-dir {folder}: another process is training in it. Wait for it to "
+                "end, or choose another folder with --run-dir."
             ) from None
-        new = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        differing = [
-            f"{name}: run folder has {_show(old, name)}, command line has {_show(new, name)}"
-            for name in {**new, **old}
-            if name not in old or name not in new or old[name] != new[name]
-        ]
-        if differing:
-            raise RunFolderError(
-                f"--run-dir {self.path}: belongs to a run with other settings: "
-                f"{'; '.join(differing)}. Repeat its settings, or choose another --run-dir."
-            )
-        if old_made_with != made_with:
-            self.note = (
-                f"The run was started with {_words(old_made_with)}, and continues with "
-                f"{_words(made_with)}: the results may differ in their last bits."
-            )
+        except OSError:
+            pass  # some network file systems have no locks; a run needs none
+        yield
+
+
+def _compare(folder: Path, settings: dict[str, Any], made_with: dict[str, str]) -> str:
+    """Refuse other settings than the folder's, if it has any; note other versions."""
+    path = folder / SETTINGS
+    if not path.exists():
+        return ""
+    try:
+        stored = json.loads(path.read_bytes())
+        old, old_made_with = dict(stored["settings"]), dict(stored["made_with"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{path}: is damaged ({type(error).__name__}: {error}). Start anew with another "
+            "--run-dir."
+        ) from None
+    new = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    differing = differences(old, new, "run folder", "command line")
+    if differing:
+        raise RunFolderError(
+            f"--run-dir {folder}: belongs to a run with other settings: {differing}. Repeat its "
+            "settings, or choose another --run-dir."
+        )
+    if old_made_with == made_with:
+        return ""
+    return (
+        f"The run was started with {_words(old_made_with)}, and continues with "
+        f"{_words(made_with)}: the results may differ in their last bits."
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], whose: str, other: str) -> str:
+    """Which settings differ, and what either side has; nothing where they agree."""
+    return "; ".join(
+        f"{name}: {whose} has {_show(old, name)}, {other} has {_show(new, name)}"
+        for name in {**new, **old}
+        if name not in old or name not in new or old[name] != new[name]
+    )
 
 
 def _show(settings: dict[str, Any], name: str) -> str:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import absl.logging
 import data
 import jax
 import options
+import processes
 import report
 import run_folder
 import tyro
@@ -26,11 +28,28 @@ def _nothing(*args: Any) -> None:
     pass
 
 
+def _device_words(settings: Settings) -> str:
+    device = jax.devices()[0]
+    return f"Device: {device.platform} ({device.device_kind}), {settings.dtype}"
+
+
+def _made_with(settings: Settings) -> dict[str, str]:
+    return run_folder.made_with()
+
+
+def _say_stopped(command: str) -> None:
+    print(f"Stopped. To continue:\n  {command}", file=sys.stderr)
+
+
 class Script(NamedTuple):
     """What one script adds: settings, networks, and words about them.
 
     `check` looks at the settings alone, `check_data` at the data beside them;
-    both raise SettingsError. `conclude` comes after the table at the end.
+    both raise SettingsError. `begin` comes between them: it meets the other
+    processes of the run, or returns an exit status where nothing is left to do.
+    `conclude` comes after the table at the end, `stopped` with the command that
+    continues the run where it did not come so far, `failed_elsewhere` with what
+    another process says.
     """
 
     name: str
@@ -43,22 +62,54 @@ class Script(NamedTuple):
     network_words: Callable[[Any], str]
     optimizer_words: Callable[[Any], str]
     check_data: Callable[[Any, data.Dataset], None] = _nothing
+    begin: Callable[[Any, Sequence[str]], int | None] = _nothing
+    trainer: Callable[[Any, data.Dataset, dict[str, Network]], Trainer] = Trainer
+    side_by_side: bool = True
+    device_words: Callable[[Any], str] = _device_words
+    made_with: Callable[[Any], dict[str, str]] = _made_with
     conclude: Callable[[Trainer, data.Dataset, run_folder.RunFolder, Console], None] = _nothing
+    stopped: Callable[[str], None] = _say_stopped
+    failed_elsewhere: Callable[[str], None] = _nothing
+
+
+def load(script: Script, settings: Settings) -> data.Dataset:
+    """The data, which the settings fit."""
+    dataset = data.load(settings.data, settings.data_dir)
+    options.check_batch(settings, dataset)
+    script.check_data(settings, dataset)
+    return dataset
 
 
 def trainer(script: Script, settings: Settings, dataset: data.Dataset) -> Trainer:
     """All networks before training."""
-    return Trainer(settings, dataset, script.networks(settings, dataset))
+    return script.trainer(settings, dataset, script.networks(settings, dataset))
+
+
+def run_path(script: Script, settings: Settings) -> Path:
+    find = run_folder.newest if settings.resume else run_folder.next_free
+    return settings.run_dir or find(script.name)
 
 
 def open_run(script: Script, settings: Settings, dataset: data.Dataset) -> run_folder.RunFolder:
-    find = run_folder.newest if settings.resume else run_folder.next_free
+    decisive, made_with = options.decisive(settings, dataset), script.made_with(settings)
+    processes.together(partial(require_same, processes.everyones({**decisive, **made_with})))
     return run_folder.RunFolder(
-        settings.run_dir or find(script.name),
-        settings=options.decisive(settings, dataset),
-        made_with=run_folder.made_with(),
+        Path(processes.on_first(lambda: str(run_path(script, settings)))),
+        settings=decisive,
+        made_with=made_with,
         resume=settings.resume,
     )
+
+
+def require_same(settings: list[dict[str, Any]]) -> None:
+    """Refuse processes whose runs would not be the same."""
+    for index, others in enumerate(settings):
+        differing = run_folder.differences(settings[0], others, "process 0", f"process {index}")
+        if differing:
+            raise SettingsError(
+                f"the processes of a run need the same settings, got {differing}. Start all of "
+                "them with one command line."
+            )
 
 
 @contextlib.contextmanager
@@ -92,7 +143,7 @@ def train(trainer: Trainer, folder: run_folder.RunFolder, console: Console) -> b
     total, log = trainer.settings.steps, trainer.log
     with stop_requests() as stop, Progress(*columns, console=console) as progress:
         bar = progress.add_task("compiling", total=total, completed=log["step"])
-        while log["step"] < total and not stop.is_set():
+        while log["step"] < total and not processes.any_of(stop.is_set()):
             trainer.advance()
             folder.save(trainer.states, log)
             accuracies = [
@@ -147,13 +198,14 @@ def resume_command(script: Script, argv: Sequence[str], folder: Path) -> str:
 def describe(
     script: Script, settings: Settings, dataset: data.Dataset, folder: run_folder.RunFolder
 ) -> None:
-    device, examples = jax.devices()[0], dataset.train_images
+    examples = dataset.train_images
+    with_bn = "with and without" if script.side_by_side else "with"
     lines = [
-        f"Device: {device.platform} ({device.device_kind}), {settings.dtype}",
+        script.device_words(settings),
         f"Data: {dataset.name}, {len(examples)} training and {len(dataset.test_images)} test "
         f"examples of {examples.shape[1]} features, {dataset.classes} classes",
         f"Network: {script.network_words(settings)}; "
-        f"{'with and without' if settings.bn else 'without'} batch normalization",
+        f"{with_bn if settings.bn else 'without'} batch normalization",
         f"Training: {settings.steps} steps of batch {settings.batch_size}, "
         f"{script.optimizer_words(settings)}, seed {settings.seed}",
         f"Run folder: {folder.path}",
@@ -167,27 +219,32 @@ def describe(
 def run(script: Script, settings: Settings, argv: Sequence[str]) -> int:
     script.check(settings)
     options.check(settings)
-    dataset = data.load(settings.data, settings.data_dir)
-    options.check_batch(settings, dataset)
-    script.check_data(settings, dataset)
-    console = Console()
+    status = script.begin(settings, argv)
+    if status is not None:
+        return status
+    dataset = processes.together(partial(load, script, settings))
+    speaks = processes.first()
+    console = Console(quiet=not speaks)
     folder = open_run(script, settings, dataset)
     with contextlib.closing(folder):
-        describe(script, settings, dataset, folder)
+        if speaks:
+            describe(script, settings, dataset, folder)
         trained = trainer(script, settings, dataset)
         restored = folder.restore(trained.states)
         if restored is not None:
             trained.states, trained.log = restored
-            print(f"Continuing from step {trained.log['step']}")
+            console.print(f"Continuing from step {trained.log['step']}", highlight=False)
         try:
             done = train(trained, folder, console)
             if done:
-                finish(script, trained, dataset, folder, console)
-        except KeyboardInterrupt:  # the second Ctrl-C; the last checkpoint is whole
+                end = partial(finish, script, trained, dataset, folder, console)
+                processes.together(end if speaks else _nothing)
+        except KeyboardInterrupt as error:  # the second Ctrl-C; the last checkpoint is whole
             done = False
-        if not done:
-            print("Stopped. To continue:", file=sys.stderr)
-            print(f"  {resume_command(script, argv, folder.path)}", file=sys.stderr)
+            if not processes.shared(error):
+                processes.leave_at_once(130)
+        if not done and speaks:
+            script.stopped(resume_command(script, argv, folder.path))
     return 0 if done else 130
 
 
@@ -203,6 +260,11 @@ def main(script: Script, argv: Sequence[str] | None = None) -> int:
         return run(script, settings, argv)
     except (SettingsError, data.DataError, run_folder.RunFolderError) as error:
         print(f"Error: {error}", file=sys.stderr)
+        if not processes.shared(error):
+            processes.leave_at_once(2)
+        return 2
+    except processes.ElsewhereError as error:
+        script.failed_elsewhere(str(error))
         return 2
     except KeyboardInterrupt:
         print("Stopped before training began.", file=sys.stderr)

@@ -24,7 +24,7 @@ import options
 import script
 from data import Dataset
 from flax.training import train_state
-from training import Network, cross_entropy
+from training import Network, cross_entropy, over_devices
 
 from bnjax.linen import BatchNorm
 
@@ -46,7 +46,8 @@ class MLP(nn.Module):
     """Dense, BatchNorm (optional) and activation for each hidden size; then Dense.
 
     The layer's bias would be removed again by the batch mean, so it is left out
-    where batch normalization follows.
+    where batch normalization follows. `mask` says which examples count in
+    training: a boolean for each.
     """
 
     hidden: tuple[int, ...]
@@ -54,14 +55,23 @@ class MLP(nn.Module):
     activation: Callable[[jax.Array], jax.Array]
     batch_norm: bool
     dtype: Any
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        rows = None if mask is None else mask[:, None]
+        norm = partial(
+            BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+        )
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(0.1))
         for units in self.hidden:
             x = dense(units, use_bias=not self.batch_norm)(x)
             if self.batch_norm:
-                x = BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype)(x)
+                x = norm()(x, mask=rows)
             x = self.activation(x)
         return dense(self.classes)(x).astype(jnp.float32)
 
@@ -74,7 +84,10 @@ class TrainState(train_state.TrainState):
 
 
 def create_states(
-    settings: Settings, dataset: Dataset, networks: dict[str, bool]
+    settings: Settings,
+    dataset: Dataset,
+    networks: dict[str, bool],
+    axis_name: str | None = None,
 ) -> dict[str, TrainState]:
     """States before training, by network name; `networks` says which have batch normalization.
 
@@ -87,6 +100,7 @@ def create_states(
             ACTIVATIONS[settings.activation],
             batch_norm,
             jnp.dtype(settings.dtype),
+            axis_name,
         )
         for name, batch_norm in networks.items()
     }
@@ -110,16 +124,25 @@ def create_states(
 
 
 def train_step(
-    state: TrainState, images: jax.Array, labels: jax.Array
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """One step of SGD on one batch; returns the batch's mean cross-entropy as well."""
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
-        return cross_entropy(logits, labels), updates.get("batch_stats", state.batch_stats)
+        logits, updates = state.apply_fn(
+            variables, images, train=True, mask=mask, mutable=["batch_stats"]
+        )
+        loss = cross_entropy(logits, labels, mask, axis_name)
+        return loss, updates.get("batch_stats", state.batch_stats)
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    loss, grads = over_devices((loss, grads), axis_name)
     state = state.apply_gradients(  # type: ignore[no-untyped-call]
         grads=grads, batch_stats=batch_stats
     )
@@ -131,10 +154,13 @@ def logits(state: TrainState, images: jax.Array) -> jax.Array:
     return state.apply_fn(variables, images, train=False)
 
 
-def networks(settings: Settings, dataset: Dataset) -> dict[str, Network]:
+def networks(
+    settings: Settings, dataset: Dataset, axis_name: str | None = None
+) -> dict[str, Network]:
     asked = {"bn": True, "no-bn": False} if settings.bn else {"no-bn": False}
-    states = create_states(settings, dataset, asked)
-    return {name: Network(state, train_step, logits) for name, state in states.items()}
+    states = create_states(settings, dataset, asked, axis_name)
+    step = partial(train_step, axis_name=axis_name)
+    return {name: Network(state, step, logits) for name, state in states.items()}
 
 
 SCRIPT = script.Script(

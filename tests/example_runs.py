@@ -1,12 +1,15 @@
 """How the tests run the example scripts: in this process, and in one that can be killed."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import serialization
 
 ROOT = Path(__file__).parents[1]
@@ -22,13 +26,29 @@ sys.path.insert(0, str(ROOT / "examples"))
 # Here, because only from here on are they found; the tests take them from this module.
 import cnn  # noqa: E402
 import data  # noqa: E402
+import launcher  # noqa: E402
+import options  # noqa: E402
+import parallel  # noqa: E402
 import run_folder  # noqa: E402
 import script  # noqa: E402
 import train_cnn  # noqa: E402
 import train_mlp  # noqa: E402
+import train_multihost  # noqa: E402
 import training  # noqa: E402
 
-__all__ = ["cnn", "data", "run_folder", "script", "train_cnn", "train_mlp", "training"]
+__all__ = [
+    "cnn",
+    "data",
+    "launcher",
+    "options",
+    "parallel",
+    "run_folder",
+    "script",
+    "train_cnn",
+    "train_mlp",
+    "train_multihost",
+    "training",
+]
 
 PATIENCE = 300  # seconds; only a hang takes longer, even on a busy machine
 
@@ -62,11 +82,15 @@ def trainer(example, **settings):
 # --- in a process of its own -----------------------------------------------
 
 
+def paths_with_bnjax():
+    """PYTHONPATH for processes that import bnjax from here."""
+    return os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+
+
 def start(example, argv, cwd):
     """The script in a process of its own, which sees no more devices than a user's."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    paths = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
-    env["PYTHONPATH"] = os.pathsep.join([*paths, str(ROOT)])
+    env["PYTHONPATH"] = paths_with_bnjax()
     command = [sys.executable, "-W", "error", str(example.file), *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env, cwd=cwd, **pipes)
@@ -181,3 +205,40 @@ def _plain(leaf):
 
 def _pairs(a, b):
     return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+
+
+# --- several processes ------------------------------------------------------
+
+
+def at(moment, action):
+    """Calls the action in a thread, once the moment has come."""
+
+    def wait():
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if moment():
+                action()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@contextlib.contextmanager
+def launching():
+    """The launcher within this process: what it starts, and what it says."""
+    started = []
+
+    class Recorded(launcher.Process):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setenv("PYTHONPATH", paths_with_bnjax())
+        patch.setenv("PYTHONWARNINGS", "error")
+        patch.setattr(launcher, "Process", Recorded)
+        yield started, said
+    assert all(process.child.poll() is not None for process in started)
