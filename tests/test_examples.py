@@ -138,6 +138,7 @@ def test_killed_run_resumes_to_the_same_bits(long_run, tmp_path):
     long_run.kill_at(moments, tmp_path)
 
 
+@pytest.mark.slow  # of train_multihost.py, by the same code, in every run of the tests
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_stops_and_names_the_command_that_resumes(long_run, tmp_path):
     long_run.stop_after_two(tmp_path, "runs/mlp-001")

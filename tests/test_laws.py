@@ -26,8 +26,7 @@ class Row(NamedTuple):
 
 NORMS = {
     "batch_norm": Row(bnjax.batch_norm()),
-    "unbiased": Row(bnjax.batch_norm(unbiased=True, momentum=0.5)),
-    "cumulative": Row(bnjax.batch_norm(momentum=bnjax.cumulative())),
+    "cumulative, unbiased": Row(bnjax.batch_norm(momentum=bnjax.cumulative(), unbiased=True)),
     "debiased": Row(bnjax.batch_norm(momentum=bnjax.debiased(0.9))),
     # What is normalized together depends on the place in the batch.
     "ghost": Row(bnjax.ghost(16), but=("mask_is_deletion", "order_of_the_batch", "float64")),
