@@ -135,6 +135,8 @@ def _compute(
         part = BatchMoments(*(_reduce.where(train, *v) for v in zip(part, old, strict=True)))
         seen = _reduce.where(train, seen, state.part_steps)
     done = lax.ge(seen, lax.full_like(seen, steps))
+    if inputs.train is not None:
+        done = lax.bitwise_and(done, train)
     running = _layer.update(layer, inputs, BNState(*given[:3]), part.plain(), weight, done)
     rest = [_reduce.where(done, lax.full_like(v, 0), v) for v in (*part, seen)]
     return y, MicrobatchState(*running, *_placement.as_given(rest, list(given[3:])))

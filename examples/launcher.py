@@ -151,7 +151,7 @@ class Launcher:
             return 1
         if self.stopped is not None and any(self.statuses):
             return 128 + self.stopped
-        return max(self.statuses)
+        return next((status for status in self.statuses if status in KNOWN), max(self.statuses))
 
     def _handle_next(self) -> None:
         timeout = None if self.next is None else max(0, self.next[0] - time.monotonic())
@@ -179,10 +179,12 @@ class Launcher:
         self.statuses.append(abs(status))
         if status == 0 or self.lost is not None:
             return
-        if self.stopped is not None or status in KNOWN:
+        # After an end for a known reason, others may end because they miss that process.
+        follows = self.next is not None and status in AFTERMATH
+        if self.stopped is not None or status in KNOWN or follows:
             if self.next is None:
                 self._in(FOLLOW, self._terminate)
-                if status not in (*KNOWN, -signal.SIGINT):
+                if status not in (130, -signal.SIGINT):
                     process.show_held()
             return
         # Those that lost it may end before the news of its end comes here.

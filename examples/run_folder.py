@@ -159,6 +159,8 @@ class RunFolder:
                 raise ValueError(f"it is of step {restored['log']['step']}")
             return serialization.from_state_dict(states, restored["states"]), restored["log"]
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            if processes.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process was lost
             reason = str(error).strip().splitlines() or [type(error).__name__]
             folder = self.path / CHECKPOINTS / str(step)
             raise RunFolderError(

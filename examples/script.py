@@ -266,6 +266,8 @@ def main(script: Script, argv: Sequence[str] | None = None) -> int:
     except processes.ElsewhereError as error:
         script.failed_elsewhere(str(error))
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("Stopped before training began.", file=sys.stderr)
+        if not processes.shared(error):
+            processes.leave_at_once(130)
         return 130

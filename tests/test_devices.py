@@ -144,24 +144,40 @@ def test_forward_mode_and_second_order_in_shard_map(vma, masked):
 GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def grouped(x):
-    options = {"axis_name": "i", "axis_index_groups": GROUPS}
-    return bnjax.bn_apply(PARAMS, bnjax.bn_init(C)[1], x, True, **options)[0]
+def grouped(x, w=W[:8], mask=None):
+    """y, new statistics, and gradients of the part of one device, whose scale's are local."""
+
+    def loss(params, x):
+        options = {"axis_name": "i", "axis_index_groups": GROUPS, "momentum": 0.5}
+        y, new = bnjax.bn_apply(params, bnjax.bn_init(C)[1], x, True, mask=mask, **options)
+        return jnp.sum(y * w), (y, new.mean[None], new.var[None])
+
+    (params, dx), out = jax.grad(loss, (0, 1), has_aux=True)(PARAMS, x)
+    return (*out, dx, jax.tree.map(lambda v: v[None], params))
 
 
 @pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
-def test_groups_are_normalized_apart(way):
+def test_groups_are_normalized_apart(way, masked):
+    mask = UNEVEN if masked else np.ones((N, C), bool)
+    args = (X, W, mask)
     if way == "pmap":
-        y = jax.pmap(grouped, axis_name="i")(split_in((8,))(X)).reshape(N, C)
+        found = jax.pmap(grouped, axis_name="i")(*map(split_in((8,)), args))
     else:
-        f = jax.shard_map(
-            grouped, mesh=mesh_of(), in_specs=P("i"), out_specs=P("i"), check_vma=False
-        )
-        y = jax.jit(f)(X)
-    inputs = reference.Inputs(X, PARAMS.scale, PARAMS.bias, np.zeros(C), np.ones(C), 1e-5)
-    halves = [reference.forward(inputs._replace(x=half)).y for half in np.split(X, 2)]
-    tolerances.assert_close(y, np.concatenate(halves), jnp.float32, N)
+        specs = {"in_specs": P("i"), "out_specs": P("i"), "check_vma": False}
+        found = jax.jit(jax.shard_map(grouped, mesh=mesh_of(), **specs))(*args)
+    y, mean, var, dx, params = jax.tree.map(lambda v: np.reshape(v, (2, -1, C)), found)
+    close = functools.partial(tolerances.assert_close, dtype=jnp.float32, n=N)
+    for i, half in enumerate((slice(0, N // 2), slice(N // 2, N))):
+        inputs = reference.Inputs(X[half], PARAMS.scale, PARAMS.bias, np.zeros(C), np.ones(C), 1e-5)
+        options = {"mask": mask[half], "momentum": 0.5}
+        expected = reference.forward(inputs, **options)
+        gradient = reference.backward(inputs, (W[half], 0, 0), **options)
+        close((y[i], dx[i]), (expected.y, gradient.x))
+        of_all = np.ones((4, 1))
+        close((mean[i], var[i]), (expected.mean * of_all, expected.var * of_all))
+        close((params.scale[i].sum(0), params.bias[i].sum(0)), (gradient.scale, gradient.bias))
 
 
 @pytest.mark.usefixtures("devices")

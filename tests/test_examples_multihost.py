@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tolerances
 from example_runs import (
+    PATIENCE,
     ROOT,
     at,
     data,
@@ -267,3 +268,26 @@ def test_silent_process_ends_the_others_by_the_heartbeat(tmp_path):
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@POSIX
+def test_what_one_process_refuses_ends_all(tmp_path):
+    """With one reason, and long before the heartbeat would."""
+    address, began = launcher.free_address(), time.monotonic()
+    processes = []
+    for index in range(2):
+        settings = train_multihost.Settings(
+            **SMALL,
+            steps=8 + index,
+            run_dir=tmp_path / "run",
+            coordinator=address,
+            num_processes=2,
+            process_id=index,
+            heartbeat_timeout=PATIENCE,
+        )
+        argv = options.command_line(settings)
+        processes.append(start(train_multihost.SCRIPT, argv, tmp_path))
+    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert all("Error:" in errors and "--steps" in errors for errors in said), said
+    assert time.monotonic() - began < PATIENCE / 3

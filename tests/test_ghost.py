@@ -1,7 +1,6 @@
 """Ghost batches: each group by its own moments, one set of running statistics."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import tolerances
+from benchmark_scripts import hlo
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from messages import check_message
@@ -145,23 +145,9 @@ def test_nan_stays_in_its_group_and_out_of_the_state():
 
 
 def collectives(program):
-    """Those of the compiled program that are not in a loop or a branch: (name, floats moved)."""
-    text = program.as_text()
-    found = []
-    for computation in re.split(r"\n\n", text):
-        if (
-            re.search(r"^%?\S*(region|body|cond|branch)", computation)
-            and "ENTRY" not in computation
-        ):
-            continue
-        for shape, name in re.findall(
-            r" = (\S.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", computation
-        ):
-            sizes = re.findall(r"f32\[([\d,]*)\]", shape)
-            found.append(
-                (name, sum(int(np.prod([int(d) for d in s.split(",") if d])) for s in sizes))
-            )
-    return found
+    """Those outside of branches: (name, floats moved)."""
+    found = hlo.collectives(program.as_text())
+    return [(c.kind, c.bytes // 4) for c in found if c.place != "branch"]
 
 
 @pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
