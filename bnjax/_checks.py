@@ -122,7 +122,7 @@ def static_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def at_least_one(name: str, value: Any) -> int:
+def positive(name: str, value: Any) -> int:
     """A positive Python int."""
     if not _is_int(value):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")

@@ -53,7 +53,7 @@ def ghost(size: int, *, uneven: bool = False, **options: Any) -> Norm:
     Source: Hoffer, Hubara & Soudry (2017), "Train longer, generalize better",
     Algorithm 1; there the running statistics learn from each group in turn.
     """
-    size = _checks.at_least_one("size", size)
+    size = _checks.positive("size", size)
     uneven = _checks.static_flag("uneven", uneven)
 
     def apply(

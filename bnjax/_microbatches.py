@@ -74,7 +74,7 @@ def microbatches(steps: int, **options: Any) -> Norm:
 
     Source: the merging is that of Chan, Golub & LeVeque (1983).
     """
-    steps = _checks.at_least_one("steps", steps)
+    steps = _checks.positive("steps", steps)
 
     def apply(
         params: BNParams, state: MicrobatchState, x: jax.Array, train: bool | jax.Array, **call: Any
@@ -127,18 +127,14 @@ def _compute(
     state = _placement.as_features(given, inputs.x, axes)
     y, batch = _normalize.normalize(layer.plan, inputs)
     assert batch is not None  # as this is training
-    old = BatchMoments(*state[3:7])
-    part = _with_batch(old, batch)
+    part = _with_batch(BatchMoments(*state[3:7]), batch)
     seen = state.part_steps + 1
-    if inputs.train is not None:
-        train = _placement.broadcast(inputs.train, seen)
-        part = BatchMoments(*(_reduce.where(train, *v) for v in zip(part, old, strict=True)))
-        seen = _reduce.where(train, seen, state.part_steps)
     done = lax.ge(seen, lax.full_like(seen, steps))
-    if inputs.train is not None:
-        done = lax.bitwise_and(done, train)
     running = _layer.update(layer, inputs, BNState(*given[:3]), part.plain(), weight, done)
     rest = [_reduce.where(done, lax.full_like(v, 0), v) for v in (*part, seen)]
+    if inputs.train is not None:
+        train = _placement.broadcast(inputs.train, seen)
+        rest = [_reduce.where(train, *both) for both in zip(rest, state[3:], strict=True)]
     return y, MicrobatchState(*running, *_placement.as_given(rest, list(given[3:])))
 
 

@@ -160,14 +160,8 @@ def train_step(state: Any, batch: Batch, *, network: Network) -> tuple[Any, jax.
     return network.step(state, *batch)
 
 
-def evaluate(
-    state: Any, batch: Batch, *, network: Network, axis_name: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy and number of right answers, with the running statistics."""
-    logits = network.logits(state, batch.images)
-    right = ((logits.argmax(-1) == batch.labels) & batch.mask).sum()
-    loss = training.cross_entropy(logits, batch.labels, batch.mask, axis_name)
-    return training.over_devices((loss, right), axis_name)
+def evaluate(state: Any, batch: Batch, **options: Any) -> tuple[jax.Array, jax.Array]:
+    return training.evaluate(state, *batch, **options)
 
 
 class Trainer(training.Trainer):

@@ -159,8 +159,8 @@ class RunFolder:
                 raise ValueError(f"it is of step {restored['log']['step']}")
             return serialization.from_state_dict(states, restored["states"]), restored["log"]
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-            if processes.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process was lost
+            if _is_loss(error):
+                raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             folder = self.path / CHECKPOINTS / str(step)
             raise RunFolderError(
@@ -182,8 +182,8 @@ class RunFolder:
                 raise ValueError("orbax declined the checkpoint")
             self.write_table(METRICS, log["metrics"])
         except Exception as error:  # a full disk reaches us as one of many kinds
-            if processes.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process was lost
+            if _is_loss(error):
+                raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RunFolderError(
                 f"--run-dir {self.path}: step {log['step']} could not be saved "
@@ -281,6 +281,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], whose: str, other: str
         for name in {**new, **old}
         if name not in old or name not in new or old[name] != new[name]
     )
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether another process was lost, as far as can be told; the folder is not to blame."""
+    return processes.count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _show(settings: dict[str, Any], name: str) -> str:

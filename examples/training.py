@@ -97,11 +97,21 @@ def train_chunk(
 
 
 def evaluate(
-    state: Any, images: jax.Array, labels: jax.Array, *, network: Network
+    state: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    network: Network,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy and number of right answers, with the running statistics."""
     logits = network.logits(state, images)
-    return cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
+    right = logits.argmax(-1) == labels
+    if mask is not None:
+        right = right & mask
+    loss = cross_entropy(logits, labels, mask, axis_name)
+    return over_devices((loss, right.sum()), axis_name)
 
 
 class Trainer:

@@ -50,6 +50,7 @@ __all__ = [
     "training",
 ]
 
+POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 PATIENCE = 300  # seconds; only a hang takes longer, even on a busy machine
 
 

@@ -1,7 +1,6 @@
 """train_mlp.py, and what it shares with train_cnn.py: results, kill and resume, bad options."""
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from example_runs import (
     PATIENCE,
+    POSIX,
     LongRun,
     contents,
     data,
@@ -129,7 +129,7 @@ def long_run(tmp_path_factory):
     return run
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@POSIX
 def test_killed_run_resumes_to_the_same_bits(long_run, tmp_path):
     moments = [
         lambda folder: (folder / "settings.json").exists(),  # before the first checkpoint or so
@@ -139,7 +139,7 @@ def test_killed_run_resumes_to_the_same_bits(long_run, tmp_path):
 
 
 @pytest.mark.slow  # of train_multihost.py, by the same code, in every run of the tests
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@POSIX
 def test_ctrl_c_stops_and_names_the_command_that_resumes(long_run, tmp_path):
     long_run.stop_after_two(tmp_path, "runs/mlp-001")
 

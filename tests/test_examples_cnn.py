@@ -1,7 +1,6 @@
 """train_cnn.py: results, network, folding, kill and resume, bad options."""
 
 import json
-import os
 import shutil
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import tolerances
 from example_runs import (
+    POSIX,
     LongRun,
     cnn,
     contents,
@@ -246,7 +246,7 @@ def test_run_cut_short_resumes_to_the_same_bits(small, tmp_path):
 
 
 @pytest.mark.slow  # the MLP's is killed in every run of the tests, by the same code
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@POSIX
 def test_killed_run_resumes_to_the_same_bits(tmp_path):
     options = {"channels": (4,), "residual": True, "batch_size": 20, "eval_every": 4, "steps": 80}
     run = LongRun(train_cnn.SCRIPT, options, tmp_path / "whole")

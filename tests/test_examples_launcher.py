@@ -10,6 +10,7 @@ import time
 import pytest
 import tyro
 from example_runs import (
+    POSIX,
     ROOT,
     at,
     contents,
@@ -23,7 +24,6 @@ from example_runs import (
 )
 
 main = train_multihost.main
-POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 PRELUDE = "import os, signal, sys, time\n"
 STUBBORN = (
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', file=sys.stderr, flush=True)\n"

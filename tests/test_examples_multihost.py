@@ -17,6 +17,7 @@ import pytest
 import tolerances
 from example_runs import (
     PATIENCE,
+    POSIX,
     ROOT,
     at,
     data,
@@ -35,7 +36,6 @@ from flax import serialization
 
 main = train_multihost.main
 SMALL = {"hidden": (8,), "batch_size": 61, "eval_every": 4}  # 5 examples in the last batch
-POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 
 
 @functools.cache
