@@ -6,7 +6,9 @@ from bnjax._merge import merge
 from bnjax._microbatches import MicrobatchState, microbatches
 from bnjax._moments import moments
 from bnjax._momentum import cumulative, debiased
+from bnjax._population import recalibrate
 from bnjax._replicas import merge_states
+from bnjax._switch import switch
 from bnjax._types import BNParams, BNState, Moments, Norm
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "merge_states",
     "microbatches",
     "moments",
+    "recalibrate",
+    "switch",
 ]
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bnjax import _checks, _layer, _normalize
+from bnjax import _checks, _layer, _normalize, _observe
 from bnjax._types import BNParams, BNState, Norm
 
 
@@ -125,20 +125,19 @@ def bn_apply(
 
     Source: Ioffe & Szegedy (2015), https://arxiv.org/abs/1502.03167
     """
-    call = _layer.prepare(
-        params,
-        state,
-        x,
-        train,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        unbiased=unbiased,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-    )
+    options: dict[str, Any] = {
+        "axis": axis,
+        "momentum": momentum,
+        "epsilon": epsilon,
+        "unbiased": unbiased,
+        "mask": mask,
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "dtype": dtype,
+    }
+    if isinstance(state, _observe.Observed):
+        return _observe.observe(bn_apply, params, state, x, options)
+    call = _layer.prepare(params, state, x, train, **options)
     return _layer.run(compute, call.static, call)
 
 
@@ -209,7 +208,10 @@ def variant(
                     f"{call[name]!r} in the call. Fix: give it in one place, and to a module "
                     f"as BatchNorm({name}=...)."
                 )
-        return function(params, state, x, train, **{**defaults, **options, **call})
+        given = {**defaults, **options, **call}
+        if isinstance(state, _observe.Observed):
+            return _observe.observe(function, params, state, x, given)
+        return function(params, state, x, train, **given)
 
     check(options)
     return Norm(bn_init, apply, callable(options.get("momentum")))

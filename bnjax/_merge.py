@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _moments, _reduce
+from bnjax import _moments, _placement, _reduce
 from bnjax._moments import BatchMoments
 from bnjax._reduce import Reduction
 from bnjax._types import Moments
@@ -75,6 +75,16 @@ def union(parts: BatchMoments) -> BatchMoments:
     rest = (share * apart).sum(0)
     apart = apart - _reduce.spread(rest, (0,))
     return BatchMoments(near, rest, (share * (var + apart * apart)).sum(0), count)
+
+
+def with_batch(part: BatchMoments, batch: BatchMoments) -> BatchMoments:
+    """The moments so far, and those of one more microbatch; in the dtype of the former."""
+    dtype = part.shift.dtype
+    shift = batch.shift.astype(dtype)
+    offset = batch.offset + (batch.shift - shift.astype(batch.shift.dtype))
+    count = _placement.broadcast(batch.count, batch.var)
+    new = BatchMoments(shift, offset.astype(dtype), batch.var.astype(dtype), count.astype(dtype))
+    return union(BatchMoments(*map(jnp.stack, zip(part, new, strict=True))))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -127,7 +127,7 @@ def _compute(
     state = _placement.as_features(given, inputs.x, axes)
     y, batch = _normalize.normalize(layer.plan, inputs)
     assert batch is not None  # as this is training
-    part = _with_batch(BatchMoments(*state[3:7]), batch)
+    part = _merge.with_batch(BatchMoments(*state[3:7]), batch)
     seen = state.part_steps + 1
     done = lax.ge(seen, lax.full_like(seen, steps))
     running = _layer.update(layer, inputs, BNState(*given[:3]), part.plain(), weight, done)
@@ -136,13 +136,3 @@ def _compute(
         train = _placement.broadcast(inputs.train, seen)
         rest = [_reduce.where(train, *both) for both in zip(rest, state[3:], strict=True)]
     return y, MicrobatchState(*running, *_placement.as_given(rest, list(given[3:])))
-
-
-def _with_batch(part: BatchMoments, batch: BatchMoments) -> BatchMoments:
-    """The moments so far, and those of one more microbatch; in the dtype of the former."""
-    dtype = part.shift.dtype
-    shift = batch.shift.astype(dtype)
-    offset = batch.offset + (batch.shift - shift.astype(batch.shift.dtype))
-    count = _placement.broadcast(batch.count, batch.var)
-    new = BatchMoments(shift, offset.astype(dtype), batch.var.astype(dtype), count.astype(dtype))
-    return _merge.union(BatchMoments(*map(jnp.stack, zip(part, new, strict=True))))

@@ -45,10 +45,12 @@ class Norm(NamedTuple):
     `apply(params, state, x, train, **options) -> (y, state)`, with the options
     of `bn_init` and `bn_apply`. `needs_count` tells modules that the running
     average depends on `state.count`, so that it must be stored. `state` is the
-    type of the state, whose other fields modules store too.
+    type of the state, whose other fields modules store too. `always_updates`: its
+    statistics may change at inference, so that modules store them then too.
     """
 
     init: Callable[..., tuple[BNParams, Any]]
     apply: Callable[..., tuple[jax.Array, Any]]
     needs_count: bool = False
     state: type[Any] = BNState
+    always_updates: bool = False

@@ -3,15 +3,15 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from bnjax import _checks, _modules
-from bnjax._functional import batch_norm
+from bnjax import _checks, _modules, _switch
+from bnjax._switch import Source
 from bnjax._types import BNParams, Norm
 
 _STATS = "batch_stats"
@@ -103,10 +103,7 @@ class BatchNorm(nn.Module):
           ValueError, TypeError: as `bnjax.bn_apply`, and for running statistics
           that are missing.
         """
-        norm = _modules.choose_norm(
-            self.norm, momentum=self.momentum, epsilon=self.epsilon, unbiased=self.unbiased
-        )
-        return _call(self, norm, x, use_running_average, mask)
+        return _call(self, _norm_of(self), x, use_running_average, mask)
 
 
 @contextlib.contextmanager
@@ -138,24 +135,104 @@ def convert() -> Iterator[None]:
 
     Source: flax.linen.intercept_methods.
     """
-    with converted(True), nn.intercept_methods(_compute_here):
+    with transformed(lambda norm: norm, "convert", (nn.BatchNorm,)):
         yield
 
 
-# Part of the key of JAX's caches, so that no function compiled outside is used inside.
-converted = jax.make_user_context(False)
+@contextlib.contextmanager
+def switch(*, moments: Source | None = None, learn: bool | None = None) -> Iterator[None]:
+    """Within it, `BatchNorm` layers, bnjax's and flax's, are switched as by `bnjax.switch`.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias with the moments asked for, and
+    running statistics that learn or not, whatever `use_running_average` says. Functions
+    under `jax.jit` are traced anew, on entering it and on leaving it.
+
+    Args:
+      moments: "batch", "running", or None for what the call says.
+      learn: whether the running statistics are updated in every call, in none, or None for
+        what the call says. Where they are, "batch_stats" must be mutable.
+
+    Returns:
+      A context manager, for this thread.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.switch`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bnjax.linen
+      >>> layer = bnjax.linen.BatchNorm(use_running_average=True)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> with bnjax.linen.switch(moments="batch", learn=False):
+      ...     print(layer.apply(variables, x)[:, 0].round(3))
+      [-1.  1.]
+
+    Source: flax.linen.intercept_methods.
+    """
+    switches = _switch.checked(moments, learn)
+    with transformed(switches.of, switches):
+        yield
 
 
-def _compute_here(
-    method: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+class _Transform(NamedTuple):
+    """How layers of some classes are computed instead."""
+
+    key: Hashable
+    classes: tuple[type[nn.Module], ...]
+    function: Callable[[Norm], Norm]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Transform) and self[:2] == other[:2]
+
+    def __hash__(self) -> int:
+        return hash(self[:2])
+
+    def concerns(self, body: Any) -> bool:
+        return any(body is inspect.unwrap(cls.__call__) for cls in self.classes)
+
+
+# All that are in force, the innermost last. Part of the key of JAX's caches, so that no
+# function compiled outside of them is used inside.
+transforms = jax.make_user_context(())
+
+
+@contextlib.contextmanager
+def transformed(
+    function: Callable[[Norm], Norm],
+    key: Hashable,
+    classes: tuple[type[nn.Module], ...] = (BatchNorm, nn.BatchNorm),
+) -> Iterator[None]:
+    """Within it, bnjax computes layers of these classes by `function(norm)`.
+
+    `key` names the function, equal ones by equal keys.
+    """
+    inside = (*transforms.value, _Transform(key, classes, function))
+    with transforms(inside), nn.intercept_methods(_transform):
+        yield
+
+
+def _transform(
+    method: Callable[..., Any], args: Any, kwargs: Any, at: nn.module.InterceptorContext
 ) -> Any:
-    running = getattr(context.orig_method, "func", None)
-    # Folding turns the context off within, where it looks for flax's layers itself.
-    if not converted.value or running is not inspect.unwrap(nn.BatchNorm.__call__):
+    body = getattr(at.orig_method, "func", None)
+    # Folding leaves the contexts, and looks for layers itself.
+    applied = [t.function for t in reversed(transforms.value) if t.concerns(body)]
+    if not applied:
         return method(*args, **kwargs)
-    layer = context.module
-    norm = batch_norm(momentum=layer.momentum, epsilon=layer.epsilon)
-    return _call(layer, norm, *_arguments(*args, **kwargs))
+    norm = _norm_of(at.module)
+    for function in applied:
+        norm = function(norm)
+    return _call(at.module, norm, *_arguments(*args, **kwargs))
+
+
+def _norm_of(layer: Any) -> Norm:
+    """What a layer computes with; flax's have no `norm`."""
+    return _modules.choose_norm(
+        getattr(layer, "norm", None),
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        unbiased=getattr(layer, "unbiased", False),
+    )
 
 
 def _arguments(x: Any, use_running_average: Any = None, *, mask: Any = None) -> tuple[Any, ...]:
@@ -194,7 +271,7 @@ def _call(layer: Any, norm: Norm, x: Any, use_running_average: Any, mask: Any) -
         axis_index_groups=layer.axis_index_groups if mapped else None,
         dtype=dtype,
     )
-    if inference is not True and not layer.is_initializing():
+    if (inference is not True or norm.always_updates) and not layer.is_initializing():
         for name, value in new.items():
             statistics[name].value = value
     return y

@@ -47,7 +47,12 @@ def _intercepted(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """`model.apply(variables, *args, **kwargs)` with calls of layers intercepted."""
-    with linen.converted(False), nn.intercept_methods(intercept):
+    if any(t.key != "convert" for t in linen.transforms.value):
+        raise ValueError(
+            "a model that is folded, or to be folded, takes running statistics, got a call within "
+            "bnjax.linen.switch, or the like. Fix: leave that context first."
+        )
+    with linen.transforms(()), nn.intercept_methods(intercept):
         return model.apply(variables, *args, **kwargs)
 
 

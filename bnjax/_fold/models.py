@@ -111,13 +111,20 @@ class Map(NamedTuple):
     deviations: float | None
 
 
+def norm_of(module: Any) -> Norm | None:
+    """The norm of a layer that has one of its own, or switches."""
+    if getattr(module, "switched", None) is not None:
+        return module._norm()
+    return getattr(module, "norm", None)
+
+
 def norm_map(module: Any, variables: Mapping[str, Any]) -> Map | str:
     """The map of a layer, from its variables by name; or why there is none."""
     params = BNParams(variables.get("scale"), variables.get("bias"))
     mean = jnp.asarray(variables["mean"])
     count = variables.get("count", jnp.zeros(mean.shape, jnp.int32))
     state = BNState(mean, jnp.asarray(variables["var"]), count)
-    norm = getattr(module, "norm", None)
+    norm = norm_of(module)
     try:
         if norm is None:
             affine = kernels.affine(params, state, epsilon=module.epsilon)
@@ -164,8 +171,11 @@ def _probe(norm: Norm, params: BNParams, known: BNState) -> Affine:
 
         params, state = jax.tree.map(wide, (params, state))
 
+        # Beside others, as a norm that takes moments of the batch is no such map.
+        others = np.random.default_rng(1).normal(size=(2, *state.mean.shape))
+
         def evaluate(x: jax.Array) -> jax.Array:
-            return norm.apply(params, state, x[None], False)[0][0]
+            return norm.apply(params, state, jnp.stack([x, *others]), False)[0][0]
 
         zero = jnp.zeros(state.mean.shape)
         shift, scale = jax.jvp(evaluate, (zero,), (zero + 1,))

@@ -43,7 +43,7 @@ def norm_call(
     if why is None:
         models.require_inference(module, repr(path), rest, named, fix)
         why = models.norm_refusal(module, path, np.shape(x), named.get("mask"))
-    return Call(path, None, why, numerics=(module.epsilon, getattr(module, "norm", None)))
+    return Call(path, None, why, numerics=(module.epsilon, models.norm_of(module)))
 
 
 def difference(call: Call, other: Call) -> str | None:

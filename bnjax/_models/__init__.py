@@ -1,0 +1,1 @@
+"""Models of each kind, whose layers are observed and given other statistics."""

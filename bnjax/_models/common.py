@@ -1,0 +1,84 @@
+"""What a model is here: its layers by path, a program that observes them, new statistics."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from bnjax._observe import Mode, Seen
+
+Call = Callable[[Any, Any], Any]
+
+
+class Program(NamedTuple):
+    """What runs a model on a batch. Static, hashable.
+
+    run(model, call, mode, variables, batch) -> (output, what each layer saw, by path).
+    """
+
+    run: Callable[..., tuple[Any, dict[str, Seen]]]
+    model: Hashable
+    call: Call | None
+
+
+class Layer(NamedTuple):
+    """The running statistics of a layer; `count` where one is kept."""
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array | None  # type: ignore[assignment]  # hides tuple.count, on purpose
+
+
+class Subject(NamedTuple):
+    """A model with its variables.
+
+    `replaced(variables, statistics)`: the model, or its variables, with new statistics of the
+    layers given by path.
+    """
+
+    program: Program
+    variables: Any
+    layers: dict[str, Layer]
+    replaced: Callable[[Mapping[str, Layer]], Any]
+
+
+class Static:
+    """A value as a static argument: equal ones are equal, others are told apart by identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static):
+            return False
+        return self.value is other.value or (
+            self._hash() is not None and self._hash() == other._hash() and self.value == other.value
+        )
+
+    def __hash__(self) -> int:
+        found = self._hash()
+        return id(self.value) if found is None else found
+
+    def _hash(self) -> int | None:
+        try:
+            return hash(self.value)
+        except TypeError:
+            return None
+
+
+def observed(
+    program: Program, mode: Mode, variables: Any, batch: Any
+) -> tuple[Any, dict[str, Seen]]:
+    """The model's output on a batch, and what its layers saw. Pure, to be compiled."""
+    return program.run(program.model, program.call, mode, variables, batch)
+
+
+def fields(layer: Layer) -> dict[str, jax.Array]:
+    """By name, those that are kept."""
+    return {name: value for name, value in layer._asdict().items() if value is not None}
+
+
+def require_layers(layers: Mapping[str, Any], where: str, fix: str) -> None:
+    """Refuse a model without any."""
+    if not layers:
+        raise ValueError(f"the model must have batch normalization layers, got none {where}. {fix}")

@@ -1,0 +1,92 @@
+"""flax.linen models, with bnjax's BatchNorm layers and flax's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from bnjax import _observe, _trees
+from bnjax._models import common
+from bnjax._models.common import Call, Layer, Program, Static, Subject
+from bnjax._observe import PREFIX, Mode, Seen
+from bnjax.linen import transformed
+
+_STATS = "batch_stats"
+
+
+def subject(model: nn.Module, variables: Any, call: Call | None) -> Subject:
+    """A model and its variables, with "batch_stats" among them."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            "`variables` must be those of the model, {'params': ..., 'batch_stats': ...}, got "
+            f"{type(variables).__name__}."
+        )
+    layers = _layers(variables.get(_STATS, {}))
+    common.require_layers(
+        layers, "with mean and var in `variables['batch_stats']`", "Fix: variables of model.init."
+    )
+
+    def replaced(statistics: Mapping[str, Layer]) -> Any:
+        def replace(path: Any, leaf: Any) -> Any:
+            collection, *rest = path
+            place, name = _trees.place(tuple(rest))
+            layer = statistics.get("/".join(place))
+            if collection.key != _STATS or layer is None:
+                return leaf
+            return common.fields(layer).get(name, leaf)
+
+        return jax.tree_util.tree_map_with_path(replace, variables)
+
+    return Subject(Program(_run, Static(model), call), variables, layers, replaced)
+
+
+def _run(
+    model: Static, call: Call | None, mode: Mode, variables: Any, batch: Any
+) -> tuple[Any, dict[str, Seen]]:
+    updates: dict[str, Any] = {}
+    prepared = {**variables, _STATS: _prepared(variables[_STATS])}
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        y, new = model.value.apply(prepared, *args, mutable=[_STATS], **kwargs)
+        if updates:
+            raise ValueError(
+                "`call` must call the model once, got a second call. Fix: one call on the whole "
+                "batch."
+            )
+        updates.update(new)
+        return y
+
+    with transformed(lambda norm: _observe.observing(norm, mode), mode):
+        y = apply(batch) if call is None else call(apply, batch)
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in traverse_util.flatten_dict(updates.get(_STATS, {})).items():
+        name = path[-1]
+        if name.startswith(PREFIX):
+            (array,) = jax.tree.leaves(leaf)
+            found.setdefault("/".join(path[:-1]), {})[name.removeprefix(PREFIX)] = array
+    return y, {path: Seen(**own) for path, own in found.items()}
+
+
+def _prepared(statistics: Any) -> Any:
+    """The collection with room for what is seen, like the mean of each layer."""
+    flat = dict(traverse_util.flatten_dict(statistics))
+    for path, leaf in list(flat.items()):
+        if path[-1] == "mean" and (*path[:-1], "var") in flat:
+            room = jax.tree.map(jnp.zeros_like, leaf)
+            flat |= {(*path[:-1], PREFIX + name): room for name in Seen._fields}
+    return traverse_util.unflatten_dict(flat)
+
+
+def _layers(statistics: Any) -> dict[str, Layer]:
+    own: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(statistics):
+        place, name = _trees.place(path)
+        own.setdefault("/".join(place), {})[name] = leaf
+    return {
+        path: Layer(v["mean"], v["var"], v.get("count"))
+        for path, v in own.items()
+        if {"mean", "var"} <= v.keys()
+    }

@@ -1,0 +1,78 @@
+"""flax.nnx models, with bnjax's BatchNorm layers and flax's."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from bnjax import _observe
+from bnjax._models import common
+from bnjax._models.common import Call, Layer, Program, Static, Subject
+from bnjax._observe import PREFIX, Mode, Seen
+from bnjax._types import Norm
+from bnjax.nnx import BatchNorm, convert
+
+
+def subject(model: nnx.Module, variables: Any, call: Call | None) -> Subject:
+    """A model, which holds its variables itself."""
+    if variables is not None:
+        raise ValueError(
+            "`variables` must be None for an nnx module, which holds its own, got "
+            f"{type(variables).__name__}."
+        )
+    layers = {
+        path: Layer(m.mean[...], m.var[...], m.count[...] if hasattr(m, "count") else None)
+        for path, m in _layers(model).items()
+    }
+    common.require_layers(layers, f"in {type(model).__name__}", "Fix: bnjax.nnx.BatchNorm.")
+    copy = nnx.clone(model)
+    copy.eval()
+    if any(isinstance(m, nnx.BatchNorm) for m in _layers(copy).values()):
+        convert(copy)
+    graph, state = nnx.split(copy)
+
+    def replaced(statistics: Mapping[str, Layer]) -> Any:
+        for path, layer in _layers(model).items():
+            for name, value in common.fields(statistics.get(path, layers[path])).items():
+                getattr(layer, name)[...] = value
+        return model
+
+    return Subject(Program(_run, Static(graph), call), state, layers, replaced)
+
+
+def _run(
+    graph: Static, call: Call | None, mode: Mode, variables: Any, batch: Any
+) -> tuple[Any, dict[str, Seen]]:
+    model: Any = nnx.merge(graph.value, variables)
+    layers = _layers(model)
+    for layer in layers.values():
+        room = jnp.zeros_like(layer.mean[...])
+        for name in Seen._fields:
+            setattr(layer, PREFIX + name, nnx.BatchStat(room))
+        cls: Any = type(layer)
+        object.__setattr__(layer, "__class__", _observing(cls, mode))
+    y = model(batch) if call is None else call(model, batch)
+    return y, {
+        path: Seen(*(getattr(layer, PREFIX + name)[...] for name in Seen._fields))
+        for path, layer in layers.items()
+    }
+
+
+@functools.cache
+def _observing(cls: Any, mode: Mode) -> Any:
+    """The class of a layer whose norm is observed."""
+
+    def norm(self: Any) -> Norm:
+        return _observe.observing(cls._norm(self), mode)
+
+    return type(cls.__name__, (cls,), {"_norm": norm})
+
+
+def _layers(model: nnx.Module) -> dict[str, Any]:
+    return {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, (BatchNorm, nnx.BatchNorm))
+    }
