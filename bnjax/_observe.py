@@ -6,6 +6,7 @@ shard_map like any state. `observing` is the same for modules.
 """
 
 import functools
+import itertools
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _layer, _merge, _normalize, _placement, _reduce
+from bnjax._fold import flow
 from bnjax._moments import BatchMoments, batch_moments
 from bnjax._reduce import Reduction
 from bnjax._types import BNParams, BNState, Norm
@@ -29,20 +31,27 @@ _SIGMOID, _TANH = 3.6369, 1.8184
 PREFIX = "seen_"
 
 
+_numbers = itertools.count()
+
+
 class Mode(NamedTuple):
     """How layers are observed. `train`: by which moments they normalize meanwhile.
 
-    `sampled`: whether to look at single entries of y, too.
+    `sampled`: whether to look at single entries of y, too, and, what takes longer, at
+    `percentiles`. `marked`: whether to mark y for those who trace its way.
     """
 
     train: bool
     sampled: bool = False
+    percentiles: bool = True
+    marked: bool = False
 
 
 class Seen(NamedTuple):
     """What a layer saw, per channel; merged where it was called several times.
 
-    The moments of its input; entries that were not finite; the layer's numbers; of a
+    The moments of its input; entries that were not finite; calls, and a number that grows
+    from one layer of a program to the next; the layer's numbers; of a
     sample of y the share of entries beyond the limits of the sigmoid, of tanh and of
     relu, and the 15th, 50th and 85th percentile. All floating, of shape [C].
     """
@@ -53,6 +62,7 @@ class Seen(NamedTuple):
     entries: jax.Array
     bad: jax.Array
     calls: jax.Array
+    order: jax.Array
     epsilon: jax.Array
     weight: jax.Array
     scale: jax.Array
@@ -100,8 +110,14 @@ def observe(
     r = call.static.plan.reduction
     inputs = _normalize.placed(call.inputs, r.axes)
     batch = batch_moments(r, inputs.x, inputs.mask, inputs.mean)
-    seen = _looked_at(call, inputs, batch, y, mode)
-    return y, Observed(state, _added(observed.seen, batch, seen), mode, observed.path)
+    number = next(_numbers)
+    seen = _looked_at(call, inputs, batch, y, mode, number)
+    if mode.marked:
+        y = flow.mark(y, number, "out")
+    before = _placement.as_features(observed.seen, inputs.x, r.axes)
+    return y, Observed(
+        state, _carried(_added(before, batch, seen), observed.seen), mode, observed.path
+    )
 
 
 def observing(norm: Norm, mode: Mode) -> Norm:
@@ -139,6 +155,12 @@ def _mapped(axis_name: Any, groups: Any) -> dict[str, Any]:
     return {"axis_name": axis_name, "axis_index_groups": groups}
 
 
+def _carried(new: Seen, old: Seen) -> Seen:
+    """With the dtypes and places of the old one, as `scan` demands."""
+    new = jax.tree.map(lambda v, o: v.astype(o.dtype), new, old)
+    return _placement.as_given(new, old)
+
+
 def _added(old: Seen, batch: BatchMoments, new: Seen) -> Seen:
     """Moments, counts and shares of all calls; the rest of the last one."""
     whole = _merge.with_batch(old.moments(), batch)
@@ -156,6 +178,7 @@ def _looked_at(
     batch: BatchMoments,
     y: jax.Array,
     mode: Mode,
+    number: int,
 ) -> Seen:
     """What one call shows beside the moments; those fields are left at 0."""
     r = call.static.plan.reduction
@@ -164,13 +187,14 @@ def _looked_at(
     weight = call.static.weight if call.weight is None else call.weight
     found = {
         "bad": _bad(r, inputs).astype(like.dtype),
+        "order": spread(jnp.asarray(number, like.dtype)),
         "epsilon": spread(inputs.epsilon.astype(like.dtype)),
         "weight": spread(jnp.asarray(weight, like.dtype)),
         "scale": spread(jnp.ones((), like.dtype) if inputs.scale is None else inputs.scale),
         "bias": spread(jnp.zeros((), like.dtype) if inputs.bias is None else inputs.bias),
     }
     if mode.sampled and r.axes:
-        found |= _sampled(r, y, inputs.mask)
+        found |= _sampled(r, y, inputs.mask, mode.percentiles)
     return nothing(like)._replace(**found)
 
 
@@ -182,7 +206,9 @@ def _bad(r: Reduction, inputs: _normalize.Inputs) -> jax.Array:
     return _reduce.psum(r, [wrong.sum(r.axes, dtype=jnp.float32)])[0]
 
 
-def _sampled(r: Reduction, y: jax.Array, mask: jax.Array | None) -> dict[str, jax.Array]:
+def _sampled(
+    r: Reduction, y: jax.Array, mask: jax.Array | None, percentiles: bool
+) -> dict[str, jax.Array]:
     """Shares and percentiles of entries of y, the mean over devices."""
     axis = max(r.axes, key=lambda a: y.shape[a])
     others = 1
@@ -207,7 +233,8 @@ def _sampled(r: Reduction, y: jax.Array, mask: jax.Array | None) -> dict[str, ja
         "tanh": share(size > _TANH),
         "relu": share(part <= 0),
     }
-    found |= zip(("low", "median", "high"), _percentiles(part, some, n), strict=True)
+    if percentiles:
+        found |= zip(("low", "median", "high"), _percentiles(part, some, n), strict=True)
     total = _reduce.psum(r, [n, *(n * v for v in found.values())])
     return {name: v / jnp.maximum(total[0], 1) for name, v in zip(found, total[1:], strict=True)}
 

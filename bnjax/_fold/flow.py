@@ -42,6 +42,8 @@ class Flow:
         self.names: list[str] = []
         self.maker: dict[int, int] = {}
         self.readers: dict[int, list[int]] = defaultdict(list)
+        self.reads: list[list[int]] = []
+        self.makes: list[list[int]] = []
         self.marks: dict[tuple[int, str], list[Mark]] = defaultdict(list)
         self.marked: dict[int, tuple[int, str]] = {}
         self.arguments = [self._new() for _ in closed.jaxpr.invars]
@@ -75,6 +77,8 @@ class Flow:
         step = len(self.names)
         self.names.append(eqn.primitive.name)
         made = [self._new() for _ in eqn.outvars]
+        self.reads.append(reads)
+        self.makes.append(made)
         for read in reads:
             self.readers[read].append(step)
         self.maker.update(dict.fromkeys(made, step))

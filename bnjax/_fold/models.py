@@ -125,6 +125,8 @@ def norm_map(module: Any, variables: Mapping[str, Any]) -> Map | str:
     count = variables.get("count", jnp.zeros(mean.shape, jnp.int32))
     state = BNState(mean, jnp.asarray(variables["var"]), count)
     norm = norm_of(module)
+    if norm is not None and norm.always_updates:
+        return "its running statistics learn at inference, and would be lost"
     try:
         if norm is None:
             affine = kernels.affine(params, state, epsilon=module.epsilon)

@@ -30,12 +30,13 @@ class Layer(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A model with its variables.
+    """A model with its variables; of the kind "functional", "linen" or "nnx".
 
     `replaced(variables, statistics)`: the model, or its variables, with new statistics of the
     layers given by path.
     """
 
+    kind: str
     program: Program
     variables: Any
     layers: dict[str, Layer]

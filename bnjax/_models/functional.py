@@ -32,7 +32,7 @@ def subject(model: Any, variables: Any, call: Call | None) -> Subject:
 
         return _map_states(replace, variables)
 
-    return Subject(Program(_run, Static(model), None), variables, layers, replaced)
+    return Subject("functional", Program(_run, Static(model), None), variables, layers, replaced)
 
 
 def _run(

@@ -40,7 +40,7 @@ def subject(model: nn.Module, variables: Any, call: Call | None) -> Subject:
 
         return jax.tree_util.tree_map_with_path(replace, variables)
 
-    return Subject(Program(_run, Static(model), call), variables, layers, replaced)
+    return Subject("linen", Program(_run, Static(model), call), variables, layers, replaced)
 
 
 def _run(

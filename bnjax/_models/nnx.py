@@ -39,7 +39,7 @@ def subject(model: nnx.Module, variables: Any, call: Call | None) -> Subject:
                 getattr(layer, name)[...] = value
         return model
 
-    return Subject(Program(_run, Static(graph), call), state, layers, replaced)
+    return Subject("nnx", Program(_run, Static(graph), call), state, layers, replaced)
 
 
 def _run(

@@ -1,0 +1,129 @@
+"""The report: training and evaluation side by side, what each layer shows, and why."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnjax import _checks
+from bnjax._diagnostics import activations, causes, evidence, records
+from bnjax._diagnostics.causes import Finding
+from bnjax._diagnostics.distances import Case
+from bnjax._diagnostics.records import Record
+from bnjax._models import kinds
+from bnjax._models.common import Subject
+
+# Training batches whose outputs in both modes are compared.
+_COMPARED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `report` found.
+
+    records: one for each layer, in the order of their calls. findings: likely causes of
+    a gap between training and evaluation first, the likeliest one first; none for a
+    healthy network. overall: of the model, "output_difference" (root mean square of the
+    difference of its outputs in both modes, beside their deviation), and with labels
+    "loss_training", "loss_evaluation", "accuracy_training", "accuracy_evaluation".
+    """
+
+    records: tuple[Record, ...]
+    findings: tuple[Finding, ...]
+    overall: Mapping[str, float]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The records as dictionaries of numbers, for a table."""
+        return [record.row() for record in self.records]
+
+    def __str__(self) -> str:
+        """The findings, in words."""
+        if not self.findings:
+            return "No finding."
+        return "\n".join(f"{f.cause}: {f.sentence}\n    {f.remedy}" for f in self.findings)
+
+
+def report(
+    model: Any,
+    variables: Any,
+    batch: Any,
+    *,
+    train_batches: Iterable[Any] | None = None,
+    labels: Any = None,
+    loss: Callable[[Any, Any], jax.Array] | None = None,
+    steps: int | None = None,
+    call: Callable[[Any, Any], Any] | None = None,
+) -> Report:
+    """Training and evaluation mode side by side: what differs, in which layer, and why.
+
+    Per layer, of a batch with moments m, v against running ones m', v':
+    mean_gap = |m - m'| / sqrt(v' + epsilon),
+    log_var_ratio = log((v + epsilon) / (v' + epsilon)), Hellinger's distance of the normal
+    distributions, the difference of y, and more: see `Record`. Causes that are told apart:
+    poisoned, never-updated, updates-stopped, small-batches, not-shuffled, lagging, stale,
+    domain-shift, and in the network not-finite-input, dead-channels, exploding-channels,
+    saturated; "mismatch", where training batches are not given, for the four that only
+    they tell apart. A running average is compared with what training batches would make
+    of it, these with themselves in random order, the evaluated batch with all of them, and
+    sampling is allowed for.
+
+    Args:
+      model, variables, call: as for `recalibrate`; the model is called as in evaluation.
+        For reports of one model again and again, `call` must be one function.
+      batch: as evaluation gets it, large enough for moments: a hundred examples or more.
+      train_batches: about 16 batches as training gets them, in their size and order,
+        spread over an epoch. Unaugmented evaluation is compared with them as they come.
+      labels: of `batch`, for the loss and, of classes, the accuracy.
+      loss: (output, labels) -> scalar; by default softmax cross-entropy.
+      steps: of training so far, which tells whether updates have stopped where counts are
+        kept.
+
+    Returns:
+      `Report(records, findings, overall)`; str() gives the findings in words, `rows()` the
+      records as dictionaries.
+
+    Raises:
+      TypeError, ValueError: as `recalibrate`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bnjax
+      >>> from bnjax import diagnostics
+      >>> def model(variables, x):
+      ...     return bnjax.bn_apply(*variables, x, train=False)
+      >>> x = jax.random.normal(jax.random.key(0), (100, 3))
+      >>> variables = bnjax.bn_init(3)
+      >>> found = diagnostics.report(model, variables, x).findings[0]
+      >>> print(found.cause, "->", found.remedy)
+      never-updated -> y, state = bnjax.bn_apply(params, state, x, train=True)  # keep the state
+
+    Source: the comparison of moments is that of Ioffe & Szegedy (2015), section 3.1, in
+    both modes; Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", lists the causes.
+    """
+    subject = kinds.subject(model, variables, call)
+    if steps is not None:
+        steps = _checks.positive("steps", steps)
+    given = [] if train_batches is None else list(train_batches)
+    both = evidence.sides(subject, batch, labels, loss)
+    layers = evidence.statistics(subject.layers)
+    known = activations.following(subject, batch)
+    order = sorted(both.seen, key=lambda path: float(both.seen[path].order.min()))
+    found = tuple(records.record(p, layers[p], both.seen[p], known[p]) for p in order)
+    seen = evidence.batches(subject, given) if len(given) > 1 else {}
+    case = Case(
+        kind=subject.kind,
+        records=found,
+        seen={p: both.seen[p] for p in order},
+        layers=layers,
+        batches=seen,
+        on_training_batches=_on_batches(subject, given),
+        steps=steps,
+    )
+    return Report(found, tuple(causes.findings(case)), both.overall)
+
+
+def _on_batches(subject: Subject, given: list[Any]) -> float | None:
+    """The difference of outputs of both modes on a few training batches."""
+    found = [evidence.sides(subject, b).overall["output_difference"] for b in given[:_COMPARED]]
+    return float(np.median(found)) if found else None
