@@ -51,7 +51,7 @@ format: $(READY) ## Rewrite the files in the checked format
 
 bench: $(READY) ## Compare with other implementations; writes benchmarks/results and the README
 	@$(INSTALL) -e '.[benchmarks,tpu]'
-	for s in accuracy derivatives peers speed corrections tracing devices collectives; do \
+	for s in accuracy derivatives peers speed corrections small_batches tracing devices collectives monitor; do \
 	  KERAS_BACKEND=jax $(RUN) benchmarks/$$s.py || exit 1; \
 	done
 	$(RUN) benchmarks/tables.py

@@ -35,11 +35,11 @@ class Collective(NamedTuple):
 
 def collectives(text: str) -> list[Collective]:
     """Those of the entry computation and of all that it calls, in the order of the text."""
-    entry, computations = _computations(text)
+    entry, computations = computations_of(text)
     return _walk(entry, computations, "always")
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+def computations_of(text: str) -> tuple[str, dict[str, list[str]]]:
     """Name of the entry, and the lines of each computation."""
     entry, computations = "", dict[str, list[str]]()
     lines: list[str] = []
@@ -60,7 +60,7 @@ def _walk(name: str, computations: dict[str, list[str]], place: str) -> list[Col
     for line in computations[name]:
         match = _COLLECTIVE.search(line)
         if match:
-            found.append(Collective(match[2], _bytes(match[1]), place))
+            found.append(Collective(match[2], bytes_of(match[1]), place))
         for attribute, value in _ATTRIBUTE.findall(line):
             inner = place if place == "branch" else PLACES.get(attribute, place)
             for callee in computations.keys() & set(_NAME.findall(value)):
@@ -68,6 +68,6 @@ def _walk(name: str, computations: dict[str, list[str]], place: str) -> list[Col
     return found
 
 
-def _bytes(shape: str) -> int:
+def bytes_of(shape: str) -> int:
     sizes = ((BYTES[kind], dims.split(",")) for kind, dims in _SHAPE.findall(shape))
     return sum(size * math.prod(int(d) for d in dims if d) for size, dims in sizes)

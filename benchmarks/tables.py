@@ -38,8 +38,6 @@ PEERS = (
     "nan-batch",
     "batch-statistics",
     "residuals",
-    "cumulative",
-    "traced-train",
 )
 
 
@@ -122,25 +120,6 @@ def peers() -> str:
 
 
 def devices() -> str:
-    """The largest difference of each kind of way, of any quantity, with a mask or without."""
-    rows, comment = read("devices")
-    shown = []
-    for way, group in _grouped([row | {"way": _kind(row["way"])} for row in rows], "way"):
-        layouts = list(group[0])[3:]
-        largest = (max(float(row[layout]) for row in group) for layout in layouts)
-        cells = (f"{error:.1e}" for error in largest)
-        shown.append({"": way, **dict(zip(layouts, cells, strict=True))})
-    return _with_note(shown, comment)
-
-
-def _kind(way: str) -> str:
-    if way.startswith("jit"):
-        return "jit, rows and channels sharded" if "channels" in way else "jit, rows sharded"
-    name = way.split(",")[0].split()[0]
-    return f"{name}, check_vma=False" if "without vma" in way else name
-
-
-def devices_all() -> str:
     rows, comment = read("devices")
     shown = []
     for (way, mask), group in _grouped(rows, "way", "mask"):
@@ -264,11 +243,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "corrections": plain("corrections"),
     "derivatives": derivatives,
     "devices": devices,
-    "devices-all": devices_all,
     "mnist": mnist,
+    "monitor": plain("monitor"),
     "output": plain("output"),
     "peers": peers,
     "peers-all": plain("peers"),
+    "small-batches": plain("small-batches"),
     "speed": speed,
     "speed-all": plain("speed"),
     "tracing": plain("tracing"),

@@ -7,6 +7,7 @@ from bnjax._microbatches import MicrobatchState, microbatches
 from bnjax._moments import moments
 from bnjax._momentum import cumulative, debiased
 from bnjax._population import recalibrate
+from bnjax._renorm import renorm
 from bnjax._replicas import merge_states
 from bnjax._switch import switch
 from bnjax._types import BNParams, BNState, Moments, Norm
@@ -28,6 +29,7 @@ __all__ = [
     "microbatches",
     "moments",
     "recalibrate",
+    "renorm",
     "switch",
 ]
 

@@ -88,6 +88,6 @@ def _as_flax(mask: Any, rank: int) -> jax.Array | None:
 def missing_count(where: str) -> str:
     """The fix for statistics without the count that a schedule needs."""
     return (
-        f"for `count`, which a schedule as `momentum` reads, supply {where}, or the number of "
-        "updates that the statistics have seen"
+        f"for `count`, which the norm or a schedule as `momentum` reads, supply {where}, or the "
+        "number of updates that the statistics have seen"
     )

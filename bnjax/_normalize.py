@@ -7,6 +7,9 @@ with the batch's moments or the running ones, chosen between [C] vectors before
 the one pass that writes y. The rule below is the textbook derivative; JAX's
 transpose of it is the backward pass of Ioffe & Szegedy (2015), section 3. Reverse
 mode keeps x in its own dtype and a few vectors.
+
+Renormalization puts z * r + d between normalization and scale: a scale of r * scale
+and a bias of d * scale + bias, where r and d are constants for the derivative.
 """
 
 import functools
@@ -31,7 +34,10 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arrays of the layer; `mask`, `train` and `None` have no tangent."""
+    """The arrays of the layer; `mask`, `train` and `None` have no tangent.
+
+    With `r_max` and `d_max`, the limits of r and d, there is a scale.
+    """
 
     x: jax.Array
     mask: jax.Array | None
@@ -41,6 +47,8 @@ class Inputs(NamedTuple):
     mean: jax.Array
     var: jax.Array
     epsilon: jax.Array
+    r_max: jax.Array | None = None
+    d_max: jax.Array | None = None
 
 
 def placed(inputs: Inputs, axes: tuple[int, ...]) -> Inputs:
@@ -57,6 +65,7 @@ class Coefficients(NamedTuple):
     offset: jax.Array
     inverse: jax.Array  # 1 / sqrt(var + epsilon)
     from_batch: jax.Array | None  # None: known while tracing
+    correction: tuple[jax.Array, jax.Array] | None = None  # r and d
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -88,8 +97,9 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None
     if plan.train is not False:
         moments = _moments.batch_moments(plan.reduction, inputs.x, inputs.mask, inputs.mean)
     c = _coefficients(plan, inputs, moments)
-    a = c.inverse if inputs.scale is None else c.inverse * inputs.scale
-    b = -c.offset * a if inputs.bias is None else inputs.bias - c.offset * a
+    scale, bias = _corrected(c, inputs.scale, inputs.bias)
+    a = c.inverse if scale is None else c.inverse * scale
+    b = -c.offset * a if bias is None else bias - c.offset * a
     shift, a, b = _spread(plan, inputs.x, c.shift, a, b)
     y = (_finite(inputs.x, inputs.x, inputs.mask) - shift) * a + b
     return y.astype(plan.dtype), moments, c
@@ -108,7 +118,36 @@ def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> C
     shift = _choose(from_batch, moments.shift, inputs.mean)
     offset = _choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
     var = _choose(from_batch, moments.var, inputs.var)
-    return Coefficients(shift, offset, lax.rsqrt(var + inputs.epsilon), from_batch)
+    correction = _correction(inputs, moments, from_batch)
+    return Coefficients(shift, offset, lax.rsqrt(var + inputs.epsilon), from_batch, correction)
+
+
+def _correction(
+    inputs: Inputs, moments: BatchMoments, from_batch: jax.Array | None
+) -> tuple[jax.Array, jax.Array] | None:
+    """r and d; 1 and 0 where the batch is not used, or the running statistics are of no use."""
+    r_max, d_max = inputs.r_max, inputs.d_max
+    if r_max is None or d_max is None:
+        return None
+    inverse = lax.rsqrt(inputs.var + inputs.epsilon)
+    ratio = lax.sqrt(moments.var + inputs.epsilon) * inverse
+    apart = ((moments.shift - inputs.mean) + moments.offset) * inverse
+    r = jnp.minimum(jnp.maximum(ratio, 1 / r_max), r_max)
+    d = jnp.minimum(jnp.maximum(apart, -d_max), d_max)
+    known = lax.is_finite(inputs.mean) & lax.is_finite(inputs.var) & lax.is_finite(inverse)
+    if from_batch is not None:
+        known = known & from_batch
+    return lax.stop_gradient((_reduce.where(known, r, 1), _reduce.where(known, d, 0)))
+
+
+def _corrected(
+    c: Coefficients, scale: jax.Array | None, bias: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """What scale and bias amount to with the correction before them; of tangents too."""
+    if c.correction is None or scale is None:
+        return scale, bias
+    r, d = c.correction
+    return r * scale, d * scale if bias is None else d * scale + bias
 
 
 def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, Any]:
@@ -117,6 +156,8 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
     a = scale * inverse, da = dscale * inverse - a * inverse**2 * dvar / 2.
     """
     x, mask, scale, moments, c = residuals
+    scale, _ = _corrected(c, scale, None)
+    dscale, dbias = _corrected(c, d.scale, d.bias)
     dx, dmean, dvar, dmoments = _finite(d.x, x, mask), d.mean, d.var, None
     if moments is not None:
         # dx - dmean is all that enters, so both are taken less the same c, which
@@ -128,12 +169,12 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
         dvar = _choose(c.from_batch, dmoments.var, dvar)
     a = c.inverse if scale is None else c.inverse * scale
     da = -0.5 * a * (c.inverse * c.inverse) * (dvar + d.epsilon)
-    if d.scale is not None:
-        da = da + d.scale * c.inverse
+    if dscale is not None:
+        da = da + dscale * c.inverse
     shift, offset = _moments.split(c.shift, c.offset, bits_less=3)
     db = -dmean * a - offset * da
-    if d.bias is not None:
-        db = db + d.bias
+    if dbias is not None:
+        db = db + dbias
     # Apart, since only what is linear in the tangents can be transposed.
     (shift, a), (da, db) = _spread(plan, x, shift, a), _spread(plan, x, da, db)
     dy = dx * a + (_finite(x, x, mask) - shift) * da + db

@@ -43,8 +43,8 @@ class Norm(NamedTuple):
 
     `init(features, **options) -> (params, state)` and
     `apply(params, state, x, train, **options) -> (y, state)`, with the options
-    of `bn_init` and `bn_apply`. `needs_count` tells modules that the running
-    average depends on `state.count`, so that it must be stored. `state` is the
+    of `bn_init` and `bn_apply`. `needs_count` tells modules that it reads
+    `state.count`, which must then be stored. `state` is the
     type of the state, whose other fields modules store too. `always_updates`: its
     statistics may change at inference, so that modules store them then too.
     """

@@ -10,7 +10,8 @@ sys.path.insert(0, str(FOLDER))
 import collectives  # noqa: E402
 import devices  # noqa: E402
 import hlo  # noqa: E402
+import monitor  # noqa: E402
 import tables  # noqa: E402
 import ways  # noqa: E402
 
-__all__ = ["FOLDER", "collectives", "devices", "hlo", "tables", "ways"]
+__all__ = ["FOLDER", "collectives", "devices", "hlo", "monitor", "tables", "ways"]

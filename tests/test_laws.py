@@ -31,6 +31,11 @@ NORMS = {
     # What is normalized together depends on the place in the batch.
     "ghost": Row(bnjax.ghost(16), but=("mask_is_deletion", "order_of_the_batch", "float64")),
     "microbatches": Row(bnjax.microbatches(1)),
+    # Within its limits it normalizes with the running statistics.
+    "renorm": Row(
+        bnjax.renorm(),
+        but=("shift_invariance", "scale_invariance", "output_has_the_moments_of_its_parameters"),
+    ),
 }
 
 

@@ -63,16 +63,17 @@ def broken(text, folder):
     return wrong
 
 
-def test_python_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [PAGES[0], PAGES[2]], ids=["README", "examples"])
+def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = blocks(README.read_text())
+    found = blocks(page.read_text())
     assert any(runs for _, _, runs in found), "no block of Python that runs"
     namespace = {"__name__": "__main__"}
     for line, code, runs in found:
-        assert ">>>" not in code, f"README.md:{line + 1}: a doctest cannot be copied and run"
+        assert ">>>" not in code, f"{page}:{line + 1}: a doctest cannot be copied and run"
         if runs:
-            # Padded, so that a traceback names the line of the README.
-            program = compile("\n" * line + code, str(README), "exec")
+            # Padded, so that a traceback names the line of the page.
+            program = compile("\n" * line + code, str(page), "exec")
             with jax.numpy_rank_promotion("allow"):  # the default, as users have it
                 exec(program, namespace)
 
@@ -95,7 +96,7 @@ def test_every_public_name_occurs(name):
     assert re.search(rf"(?<![\w.]){name}\b|\bbnjax\.{name}\b", README.read_text())
 
 
-@pytest.mark.parametrize("module", ["fold", "interop", "linen", "nnx", "optim"])
+@pytest.mark.parametrize("module", ["diagnostics", "fold", "interop", "linen", "nnx", "optim"])
 def test_every_module_occurs(module):
     assert f"bnjax.{module}" in README.read_text()
 

@@ -16,6 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 # Of each only the body is of interest, and it runs once.
 _INLINED = ("jit", "remat2", "custom_jvp_call", "custom_vjp_call")
 _TRANSPARENT = ("name", "sharding_constraint")
+# Part of the key of JAX's caches: each trace is of its own, whatever has been compiled before.
+# Made on `import bnjax`, as all that was compiled before a context is made is compiled anew.
+trace_of = jax.make_user_context(None)
 _MARK = re.compile(r"bnjax\.fold (\d+) (\w+)")
 
 

@@ -9,14 +9,12 @@ import jax
 import numpy as np
 
 from bnjax._fold import models
-from bnjax._fold.flow import Flow, mark
+from bnjax._fold.flow import Flow, mark, trace_of
 from bnjax._fold.models import Layer
 
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 # Values that can hold no array of the trace.
 _PLAIN = (str, bytes, bool, int, float, complex, np.generic, np.dtype, type, enum.Enum)
-# Part of the key of JAX's caches: each trace is of its own, whatever has been compiled before.
-_trace_of = jax.make_user_context(None)
 
 
 @dataclasses.dataclass
@@ -94,7 +92,7 @@ def trace(function: Callable[..., Any], variables: Any, *rest: Any) -> tuple[Flo
         results[:] = jax.tree.flatten(function(*jax.tree.unflatten(tree, values.values())))
         return [leaf for leaf in results[0] if _is_array(leaf)]
 
-    with _trace_of(object()):
+    with trace_of(object()):
         flow = Flow(call, [leaves[i] for i in traced])
     ids = dict.fromkeys(range(len(leaves))) | dict(zip(traced, flow.arguments, strict=True))
     returned = iter(flow.results)
