@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-cnn train-multihost test test-all test-torch lint format bench clean FORCE
+.PHONY: help train train-cnn train-multihost train-test-gap test test-all test-torch lint format bench clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ train-cnn: $(READY) ## Train the CNN of the example, and fold it at the end
 
 train-multihost: $(READY) ## Train on all devices, ARGS="--local-processes 2 ..." in more processes
 	$(RUN) examples/train_multihost.py $(ARGS)
+
+train-test-gap: $(READY) ## Plant, find and cure each cause of a gap between training and evaluation
+	$(RUN) examples/train_test_gap.py $(ARGS)
 
 test: $(READY) ## Run the tests
 	$(RUN) -m pytest -n auto -m "not slow" $(ARGS)

@@ -46,7 +46,7 @@ WAYS = {
     "no normalization": Way(None),
     "bn_apply": Way(bnjax.batch_norm()),
     "renorm()": Way(bnjax.renorm()),
-    "renorm, limits that open": Way(bnjax.renorm(*OPENING)),
+    "renorm, limits that open": Way(bnjax.renorm(r_max=OPENING[0], d_max=OPENING[1])),
     "bn_apply in batches of 32": Way(bnjax.batch_norm(), 32),
 }
 KINDS = ("random batches", "batches of one class")

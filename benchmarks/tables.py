@@ -29,9 +29,7 @@ Rows = list[dict[str, str]]
 # Rows of peers.csv that README.md shows, by their column "key".
 PEERS = (
     "variance-1e3",
-    "variance-1e4",
     "gradient-1e4",
-    "mask",
     "mask-devices",
     "mask-nan",
     "mask-nan-gradient",
@@ -219,6 +217,27 @@ def cnn() -> str:
     return markdown(rows)
 
 
+def gaps() -> str:
+    """The failures of examples/train_test_gap.py, with the first remedy of each."""
+    shown = []
+    for row in gap_rows():
+        if not row["scenario"]:
+            continue
+        remedy = {name: row[name] or "-" for name in ("remedy", "after it")}
+        names = ("scenario", "training mode", "evaluation", "first finding")
+        shown.append({name: row[name] for name in names} | remedy)
+    return markdown(shown)
+
+
+def gap_rows() -> Rows:
+    """All remedies, with both modes after each in one column."""
+    rows = _example("train_test_gap", "summary.csv")
+    for row in rows:
+        after = [row.pop(f"{mode} after") for mode in ("training mode", "evaluation")]
+        row["after it"] = ", ".join(value for value in after if value)
+    return rows
+
+
 def _example(folder: str, name: str) -> Rows:
     """A table of a run of an example."""
     path = EXAMPLES / folder / name
@@ -243,6 +262,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "corrections": plain("corrections"),
     "derivatives": derivatives,
     "devices": devices,
+    "gaps": gaps,
+    "gaps-all": lambda: markdown(gap_rows()),
     "mnist": mnist,
     "monitor": plain("monitor"),
     "output": plain("output"),

@@ -89,6 +89,11 @@ class Observed:
     def __init__(self, state: Any, seen: Seen, mode: Mode, path: str = "") -> None:
         self.state, self.seen, self.mode, self.path = state, seen, mode, path
 
+    # For models that read their state.
+    mean = property(lambda self: self.state.mean)
+    var = property(lambda self: self.state.var)
+    count = property(lambda self: self.state.count)
+
 
 def nothing(mean: jax.Array) -> Seen:
     """Before the first call of a layer."""
@@ -134,6 +139,12 @@ def observing(norm: Norm, mode: Mode) -> Norm:
     ) -> tuple[jax.Array, Any]:
         observed = Observed(norm.state(*state[:own]), Seen(*state[own:]), mode)
         y, observed = norm.apply(params, observed, x, mode.train, **options)
+        if not isinstance(observed, Observed):
+            raise TypeError(
+                "a norm whose layers are observed must come from bnjax (batch_norm, ghost, ...), "
+                f"which notes what it sees in the state, got one that returned {type(observed)}. "
+                "Fix: a function that calls bn_apply with the state it is given."
+            )
         return y, kind(*observed.state, *observed.seen)
 
     return Norm(init, apply, norm.needs_count, kind, always_updates=True)

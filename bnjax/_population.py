@@ -1,24 +1,28 @@
 """Population statistics: running statistics replaced by those of data."""
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax import _checks, _merge
 from bnjax._models import common, kinds
 from bnjax._models.common import Layer, Program
 from bnjax._moments import BatchMoments
-from bnjax._observe import Mode, Seen
+from bnjax._observe import Mode
 
 Method = Literal["pooled", "average"]
 
-# Before so many batches, agreement of halves says little.
-_LEAST_BATCHES = 8
+# Fewer batches than in two such halves agree by chance.
+_LEAST_HALF = 4
+# Programs kept, each with the model it was compiled for.
+_PROGRAMS = 32
 
 
 def recalibrate(
@@ -49,27 +53,28 @@ def recalibrate(
 
     Args:
       model: a flax.linen or flax.nnx module, with BatchNorm layers of bnjax or of flax;
-        or a function: (variables, batch) -> (output, state), with a `BNState` for each
+        or a function (variables, batch) -> (output, state), with a `BNState` for each
         layer in both.
       variables: of the linen module; those of the function, such as (params, state); None
         for nnx.
       batches: arrays or trees of arrays, of any sizes; sharded ones are taken as a whole.
       call: (apply, batch) -> output, where `apply` takes the arguments of the module, in
-        evaluation: `lambda apply, batch: apply(batch["image"], train=False)`. It must be
-        one function for all calls of `recalibrate` that are to share a compiled program.
-        Default: apply(batch).
+        evaluation, as in `lambda apply, batch: apply(batch["image"], train=False)`; by
+        default apply(batch). Calls of `recalibrate` share a compiled program if it is one
+        function.
       method: "pooled" or "average".
       passes: over the batches, which must then be a list, or another iterable that starts
         anew each time.
-      tolerance: stop a pass when the statistics of the even and of the odd batches so far
-        agree in every channel: means within this many deviations, logarithms of variances
-        within this. Default: use all.
+      tolerance: stop a pass after 8, 16, 32, ... batches, which should be shuffled, when the
+        statistics of both halves of them agree in every channel, means within this many
+        deviations and logarithms of variances within this; by default use all.
       progress: whether to show a bar (rich, in the extra `reports`).
 
     Returns:
-      `variables`, or the nnx module itself, whose statistics are replaced when all is
-      done. Channels without a finite entry keep theirs, and so do layers that were not
-      called, of which a UserWarning tells.
+      `variables`, or the nnx module itself; where a batch fails, it stays as it was. What
+      is not finite in a channel of a batch makes that channel pass over that batch.
+      Channels with fewer than two entries keep their statistics ("average": without a
+      batch of two), and so do layers that were not called, of which a UserWarning tells.
 
     Raises:
       TypeError, ValueError: a model without such layers, no batch, options that do not
@@ -93,25 +98,44 @@ def recalibrate(
     passes = _checks.positive("passes", passes)
     if tolerance is not None:
         tolerance = float(_checks.number("tolerance", tolerance, 0.0, jnp.inf, ()))
+    _check_batches(batches, passes)
+    given = kinds.subject(model, variables, call)
+    try:
+        for i in range(passes):
+            subject = kinds.subject(model, variables, call) if i else given
+            words = f"statistics, pass {i + 1} of {passes}" if passes > 1 else "statistics"
+            with _shown(batches, words) if progress else contextlib.nullcontext(batches) as shown:
+                found = _one_pass(subject, shown, method, Mode(train=i == 0), tolerance)
+            replaced = subject.replaced({path: layer for path, (layer, _) in found.items()})
+            variables = variables if replaced is model else replaced
+    except BaseException:
+        given.replaced(given.layers)  # an nnx module holds those of earlier passes
+        raise
+    _warn_of_kept([path for path, (_, learned) in found.items() if not learned.any()])
+    return replaced
+
+
+def _check_batches(batches: Any, passes: int) -> None:
+    if isinstance(batches, (jax.Array, np.ndarray, Mapping)) or not hasattr(batches, "__iter__"):
+        raise TypeError(
+            "`batches` must be an iterable of batches, such as a list or a generator, got "
+            f"{type(batches).__name__}. Fix: [batch], for one batch."
+        )
     if passes > 1 and iter(batches) is batches:
         raise ValueError(
             f"`batches` must start anew for each of the {passes} passes, got an iterator, which "
             "is used up by the first. Fix: a list, or passes=1."
         )
-    for i in range(passes):
-        subject = kinds.subject(model, variables, call)
-        shown = _shown(batches, i, passes) if progress else batches
-        found = _one_pass(subject, shown, method, Mode(train=i == 0), tolerance)
-        replaced = subject.replaced(found)
-        variables = variables if replaced is model else replaced
-    return replaced
 
 
 class _Part(NamedTuple):
-    """Of one layer: the moments of even and of odd batches, and how many were accepted."""
+    """Of one layer: moments of the batches until they were last compared, and of those since.
 
-    even: BatchMoments
-    odd: BatchMoments
+    `batches`: how many were accepted.
+    """
+
+    before: BatchMoments
+    since: BatchMoments
     batches: jax.Array
 
 
@@ -121,113 +145,130 @@ def _one_pass(
     method: Method,
     mode: Mode,
     tolerance: float | None,
-) -> dict[str, Layer]:
+) -> dict[str, tuple[Layer, jax.Array]]:
+    """By path, the statistics, and where they come from the data."""
+    observe = _observer(subject.program, mode)
     parts = {path: _empty(layer.mean) for path, layer in subject.layers.items()}
     number = 0
     for batch in batches:
-        odd = jnp.asarray(number % 2 == 1)
-        parts = _step((subject.program, mode, method), subject.variables, parts, batch, odd)
+        seen = observe(subject.variables, batch)
+        parts |= {path: _with(method, parts[path], new) for path, new in seen.items()}
         number += 1
-        if tolerance is not None and number >= _LEAST_BATCHES and _distance(parts) <= tolerance:
-            break
+        power_of_two = number & (number - 1) == 0
+        if tolerance is not None and power_of_two and number >= _LEAST_HALF:
+            # -inf: nothing was learned yet.
+            if 0 <= np.max([_distance(part) for part in parts.values()]) <= tolerance:
+                break
+            parts = {path: _compared(method, part) for path, part in parts.items()}
     if not number:
-        raise ValueError("`batches` must hold at least one batch, got none.")
-    _warn_of_uncalled([path for path, part in parts.items() if not part.batches.any()])
+        raise ValueError(
+            "`batches` must hold at least one batch, got none. Fix: a generator is used up by "
+            "one call; make it anew."
+        )
     return {path: _statistics(method, layer, parts[path]) for path, layer in subject.layers.items()}
 
 
-def _empty(mean: jax.Array) -> _Part:
-    def zeros() -> jax.Array:  # each is donated
-        return jnp.zeros(jnp.shape(mean), _checks.compute_dtype(mean.dtype))
-
-    even, odd = (BatchMoments(zeros(), zeros(), zeros(), zeros()) for _ in range(2))
-    return _Part(even, odd, zeros())
+def _empty(mean: Any) -> _Part:
+    zeros = jnp.zeros_like(mean, _checks.compute_dtype(jnp.asarray(mean).dtype))
+    nothing = BatchMoments(zeros, zeros, zeros, zeros)
+    return _Part(nothing, nothing, zeros)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(
-    static: tuple[Program, Mode, Method],
-    variables: Any,
-    parts: dict[str, _Part],
-    batch: Any,
-    odd: jax.Array,
-) -> dict[str, _Part]:
-    program, mode, method = static
-    _, seen = common.observed(program, mode, variables, batch)
-    return parts | {path: _with(method, parts[path], new, odd) for path, new in seen.items()}
+@functools.lru_cache(_PROGRAMS)
+def _observer(program: Program, mode: Mode) -> Callable[[Any, Any], dict[str, BatchMoments]]:
+    """(variables, batch) -> the moments that layers saw, compiled.
 
+    Apart from what is done with them: where sums are placed may change after the first batch,
+    and one small program does for all layers of a size.
+    """
 
-def _with(method: Method, part: _Part, seen: Seen, odd: jax.Array) -> _Part:
-    """The part and one more batch, in the channels where that can be learned from."""
-    batch = seen.moments()
-    half = BatchMoments(*(jnp.where(odd, o, e) for e, o in zip(part.even, part.odd, strict=True)))
-    enough = seen.entries >= (2 if method == "average" else 1)
-    sound = enough & lax.is_finite(batch.shift + batch.offset) & lax.is_finite(batch.var)
-    safe = BatchMoments(*(jnp.where(sound, v, 0) for v in batch))
-    if method == "pooled":
-        new = _merge.with_batch(half, safe)
-    else:
-        one = safe._replace(count=sound.astype(safe.var.dtype))
-        new = _merge.with_batch(half, one)
-        unbiased = safe.var * (safe.count / jnp.maximum(safe.count - 1, 1))
-        step = jnp.where(sound, (unbiased - half.var) / jnp.maximum(new.count, 1), 0)
-        new = new._replace(var=half.var + step)
-    even = BatchMoments(*(jnp.where(odd, o, v) for o, v in zip(part.even, new, strict=True)))
-    other = BatchMoments(*(jnp.where(odd, v, o) for o, v in zip(part.odd, new, strict=True)))
-    return _Part(even, other, part.batches + sound.astype(part.batches.dtype))
+    def observe(variables: Any, batch: Any) -> dict[str, BatchMoments]:
+        _, seen = common.observed(program, mode, variables, batch)
+        return {path: layer.moments() for path, layer in seen.items()}
+
+    return jax.jit(observe)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _statistics(method: Method, given: Layer, part: _Part) -> Layer:
-    """What the layer gets; what it had, in channels that nothing was learned about."""
-    halves = BatchMoments(*map(jnp.stack, zip(part.even, part.odd, strict=True)))
-    whole = _merge.union(halves)
+def _with(method: Method, part: _Part, batch: BatchMoments) -> _Part:
+    """One more batch, in the channels where something can be learned from it."""
+    finite = lax.is_finite(batch.shift + batch.offset) & lax.is_finite(batch.var)
+    sound = finite & (batch.count >= (2 if method == "average" else 1))
+    new = BatchMoments(*(jnp.where(sound, v, 0) for v in batch))
     if method == "average":
-        share = halves.count / jnp.maximum(whole.count, 1)
-        whole = whole._replace(var=(share * halves.var).sum(0))
-    found = whole.plain()
+        unbiased = new.var * (new.count / jnp.maximum(new.count - 1, 1))
+        new = new._replace(var=unbiased, count=sound.astype(new.count.dtype))
+    accepted = part.batches + sound.astype(part.batches.dtype)
+    return _Part(part.before, _union(method, part.since, new), accepted)
+
+
+def _union(method: Method, one: BatchMoments, other: BatchMoments) -> BatchMoments:
+    """Pooled, or the averages of means and of variances, where counts are those of batches."""
+    whole = _merge.with_batch(one, other)
+    if method == "pooled":
+        return whole
+    share = other.count / jnp.maximum(whole.count, 1)
+    return whole._replace(var=one.var + share * (other.var - one.var))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compared(method: Method, part: _Part) -> _Part:
+    """All batches so far become the first half of those of the next comparison."""
+    nothing = BatchMoments(*map(jnp.zeros_like, part.since))
+    return _Part(_union(method, part.before, part.since), nothing, part.batches)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(method: Method, given: Layer, part: _Part) -> tuple[Layer, jax.Array]:
+    """What the layer gets: what it had, in channels that nothing was learned about."""
+    found = _union(method, part.before, part.since).plain()
     learned = found.count >= (1 if method == "average" else 2)
-    mean = jnp.where(learned, found.mean.astype(given.mean.dtype), given.mean)
-    var = jnp.where(learned, found.var.astype(given.var.dtype), given.var)
-    if given.count is None:
-        return Layer(mean, var, None)
-    return Layer(mean, var, jnp.where(learned, part.batches.astype(given.count.dtype), given.count))
+
+    def new(value: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(learned, value.astype(old.dtype), old)
+
+    count = None if given.count is None else new(part.batches, given.count)
+    return Layer(new(found.mean, given.mean), new(found.var, given.var), count), learned
 
 
 @jax.jit
-def _distance(parts: dict[str, _Part]) -> jax.Array:
-    """The largest over channels between both halves, in deviations or logarithms of variances."""
+def _distance(part: _Part) -> jax.Array:
+    """The largest over channels between both halves, in deviations or logarithms of variances.
 
-    def of_layer(part: _Part) -> jax.Array:
-        even, odd = part.even, part.odd
-        tiny = jnp.finfo(even.var.dtype).tiny
-        a, b = even.var + tiny, odd.var + tiny
-        apart = (even.shift - odd.shift + even.offset - odd.offset) * lax.rsqrt((a + b) / 2)
-        both = (even.count > 0) & (odd.count > 0)
-        worst = jnp.maximum(jnp.abs(apart), jnp.abs(jnp.log(a / b)))
-        return jnp.where(both | (even.count + odd.count == 0), worst, jnp.inf).max()
+    Channels where both are empty are not compared.
+    """
+    one, other = part.before, part.since
+    apart = one.shift - other.shift + one.offset - other.offset
+    # Of a constant channel, mean and variance are rounding.
+    rounding = 4 * jnp.finfo(one.var.dtype).eps * (jnp.abs(one.shift) + jnp.abs(other.shift))
+    floor = rounding * rounding + jnp.finfo(one.var.dtype).tiny
+    a, b = one.var + floor, other.var + floor
+    worst = jnp.maximum(jnp.abs(apart) * lax.rsqrt((a + b) / 2), jnp.abs(jnp.log(a / b)))
+    both, neither = (one.count > 0) & (other.count > 0), one.count + other.count == 0
+    worst = jnp.where(both, worst, jnp.where(neither, -jnp.inf, jnp.inf))
+    return worst.max(initial=-jnp.inf)
 
-    return jnp.stack([of_layer(part) for part in parts.values()]).max()
 
-
-def _warn_of_uncalled(paths: list[str]) -> None:
+def _warn_of_kept(paths: list[str]) -> None:
     if paths:
         warnings.warn(
-            f"these layers were not called, or saw no finite entry, and keep their statistics: "
-            f"{paths}. Fix: a `call` that reaches them.",
+            "these layers keep their statistics, as they were not called, or saw too few finite "
+            f"entries: {paths}. Fix: a `call` that reaches them, larger batches.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def _shown(batches: Iterable[Any], index: int, passes: int) -> Iterator[Any]:
+@contextlib.contextmanager
+def _shown(batches: Iterable[Any], words: str) -> Iterator[Iterable[Any]]:
     """The batches, with a progress bar."""
     try:
-        from rich.progress import track
+        from rich.progress import Progress
     except ImportError as error:
         raise ImportError(
             "`progress=True` needs rich. Fix: pip install 'bnjax[reports]', or progress=False."
         ) from error
-    words = "statistics" if passes == 1 else f"statistics, pass {index + 1} of {passes}"
-    total = len(batches) if isinstance(batches, Sized) else None
-    yield from track(batches, words, total=total)
+    with Progress() as bar:
+        tracked: Any = bar.track(batches, description=words)  # a generator with a thread
+        with contextlib.closing(tracked):
+            yield tracked

@@ -18,6 +18,7 @@ _ABOUT_ONE = 1 - 4e-7
 
 
 def renorm(
+    *,
     r_max: float | jax.Array | _checks.Schedule = 3.0,
     d_max: float | jax.Array | _checks.Schedule = 5.0,
     **options: Any,
@@ -43,8 +44,9 @@ def renorm(
     updates: take `momentum=debiased(0.99)`, or limits that open after them.
 
     Args:
-      r_max: largest correction of the deviation, at least 1; `jnp.inf` for no limit. A
-        number, one per channel, or a schedule: an elementwise function of `state.count`.
+      r_max: largest correction of the deviation, at least 1; `jnp.inf` for no limit. It
+        may be a number, one per channel, or a schedule, an elementwise function of
+        `state.count`.
       d_max: largest correction of the mean, in running deviations, at least 0; likewise.
       **options: keyword arguments of `bn_apply`, bound as by `batch_norm`.
 
@@ -59,7 +61,7 @@ def renorm(
       >>> import jax.numpy as jnp, optax, bnjax
       >>> r_max = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
       >>> d_max = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
-      >>> norm = bnjax.renorm(r_max, d_max)
+      >>> norm = bnjax.renorm(r_max=r_max, d_max=d_max)
       >>> params, state = norm.init(1)
       >>> state = state._replace(count=jnp.array([17_000]))
       >>> x = jnp.array([[3.0], [5.0]])  # mean 4, deviation 1

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax import _checks
-from bnjax._functional import batch_norm
-from bnjax._observe import Observed
+from bnjax._observe import PREFIX, Observed
 from bnjax._types import BNParams, Norm
 
 Source = Literal["batch", "running"]
@@ -20,15 +19,21 @@ class Switch(NamedTuple):
     learn: bool | None
 
     def of(self, norm: Norm) -> Norm:
-        """The norm with these switches."""
+        """The norm with these switches; those that it has already go first."""
+        if norm.state._fields[-1].startswith(PREFIX):  # observed, as a mode of its own says
+            return norm
+        inner = getattr(norm.apply, "__self__", None)
+        if isinstance(inner, _Switched):
+            own = {k: v for k, v in inner.switch._asdict().items() if v is not None}
+            return self._replace(**own).of(inner.norm)
         always = self.learn is True or norm.always_updates
         return norm._replace(apply=_Switched(self, norm).apply, always_updates=always)
 
 
-def switch(
-    norm: Norm | None = None, *, moments: Source | None = None, learn: bool | None = None
-) -> Norm:
+def switch(norm: Norm, *, moments: Source | None = None, learn: bool | None = None) -> Norm:
     """A `Norm` that normalizes with given moments, and learns or not, whatever `train` says.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias, with mean and var as switched.
 
     moments="running", learn=False: frozen. Parameters train on fixed statistics, as when a
     trained network is fine-tuned, also where `model.train()` is called.
@@ -40,20 +45,21 @@ def switch(
     and its derivatives.
 
     Args:
-      norm: the `Norm` that normalizes, by default `batch_norm()`.
+      norm: the `Norm` that normalizes, such as `batch_norm()`.
       moments: "batch", "running", or None for what `train` says.
       learn: whether the running statistics are updated in every call, in none, or None for
         what `train` says.
 
     Returns:
-      `Norm`, with the state of the given one.
+      `Norm`, with the state of the given one. Of a norm that is switched already, the
+      switches that were given stay.
 
     Raises:
       TypeError, ValueError: other values, or none that switches anything.
 
     Example:
       >>> import jax.numpy as jnp, bnjax
-      >>> norm = bnjax.switch(moments="batch", learn=False)
+      >>> norm = bnjax.switch(bnjax.batch_norm(), moments="batch", learn=False)
       >>> params, state = norm.init(1)
       >>> y, state = norm.apply(params, state, jnp.array([[1.0], [3.0]]), train=False)
       >>> print(y[:, 0].round(3), state.count)
@@ -62,8 +68,6 @@ def switch(
     Source: batch statistics at evaluation: Nado et al. (2020), "Evaluating
     prediction-time batch normalization for robustness under covariate shift".
     """
-    if norm is None:
-        norm = batch_norm()
     if not isinstance(norm, Norm):
         raise TypeError(f"`norm` must be a Norm, got {norm!r}. Fix: switch(batch_norm(), ...).")
     return checked(moments, learn).of(norm)

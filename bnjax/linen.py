@@ -144,13 +144,14 @@ def switch(*, moments: Source | None = None, learn: bool | None = None) -> Itera
     """Within it, `BatchNorm` layers, bnjax's and flax's, are switched as by `bnjax.switch`.
 
     y = (x - mean) / sqrt(var + epsilon) * scale + bias with the moments asked for, and
-    running statistics that learn or not, whatever `use_running_average` says. Functions
-    under `jax.jit` are traced anew, on entering it and on leaving it.
+    running statistics that learn or not, whatever `use_running_average` says. Of several
+    contexts the innermost that gives a switch counts, before them a `norm` of the layer's
+    own. Functions under `jax.jit` are traced anew, on entering it and on leaving it.
 
     Args:
       moments: "batch", "running", or None for what the call says.
       learn: whether the running statistics are updated in every call, in none, or None for
-        what the call says. Where they are, "batch_stats" must be mutable.
+        what the call says. Where they are, "batch_stats" must be mutable; else it need not be.
 
     Returns:
       A context manager, for this thread.
@@ -259,10 +260,11 @@ def _call(layer: Any, norm: Norm, x: Any, use_running_average: Any, mask: Any) -
     mapped = not layer.is_initializing()
     # A first batch may be any, also one that a norm of groups cannot cut.
     evaluated = inference if mapped or getattr(layer, "norm", None) is None else True
+    given = {name: variable.value for name, variable in statistics.items()}
     y, new = _modules.apply(
         norm,
         params,
-        {name: variable.value for name, variable in statistics.items()},
+        given,
         x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype),
         evaluated,
         mask=mask,
@@ -273,7 +275,8 @@ def _call(layer: Any, norm: Norm, x: Any, use_running_average: Any, mask: Any) -
     )
     if (inference is not True or norm.always_updates) and not layer.is_initializing():
         for name, value in new.items():
-            statistics[name].value = value
+            if value is not given[name]:  # so that what never learns need not be mutable
+                statistics[name].value = value
     return y
 
 

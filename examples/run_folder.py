@@ -5,6 +5,7 @@
     metrics.csv     the metrics as a table, written anew after each checkpoint
     curves.png      their plot
     folded.csv      the folded network beside the unfolded one (train_cnn.py)
+    gaps.csv, summary.csv    networks with a planted failure (train_test_gap.py)
 
 Every file is replaced atomically, and the checkpoint is the only thing that a
 resumed run reads, so the process may be killed at any moment. Of several

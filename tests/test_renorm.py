@@ -40,6 +40,10 @@ LIMITS = {
 INPUTS = reference.Inputs(X, *PARAMS, *STATE[:2], 1e-5)
 
 
+def limited(r_max, d_max=5.0, **options):
+    return bnjax.renorm(r_max=r_max, d_max=d_max, **options)
+
+
 def correction(inputs, r_max, d_max, mask=None, count=7):
     """r and d in float64, of real numbers: constants for the complex steps of the oracle."""
     x, mean, var = (np.real(v).astype(np.float64) for v in (inputs.x, inputs.mean, inputs.var))
@@ -67,20 +71,20 @@ def assert_bits(found, expected):
 @pytest.mark.parametrize("limits, masked", [*((name, True) for name in LIMITS), ("narrow", False)])
 def test_values(limits, masked):
     mask = MASK if masked else None
-    norm = bnjax.renorm(*LIMITS[limits], momentum=0.7, unbiased=True)
+    norm = limited(*LIMITS[limits], momentum=0.7, unbiased=True)
     y, new = norm.apply(PARAMS, STATE, X, True, mask=mask)
     expected = oracle(INPUTS, LIMITS[limits], mask=mask, momentum=0.7, unbiased=True)
     tolerances.assert_close((y, *new), expected, jnp.float32, N)
 
 
 def test_without_scale_and_bias():
-    y, _ = bnjax.renorm(1.1, 0.2).apply(BNParams(None, None), STATE, X, True)
+    y, _ = bnjax.renorm(r_max=1.1, d_max=0.2).apply(BNParams(None, None), STATE, X, True)
     expected = oracle(INPUTS._replace(scale=1.0, bias=0.0), (1.1, 0.2))[0]
     tolerances.assert_close(y, expected, jnp.float32, N)
 
 
 def test_within_the_limits_it_is_inference():
-    norm = bnjax.renorm(np.inf, np.inf)
+    norm = bnjax.renorm(r_max=np.inf, d_max=np.inf)
     args = (PARAMS, STATE, X)
     tolerances.assert_close(norm.apply(*args, True)[0], norm.apply(*args, False)[0], jnp.float32, N)
 
@@ -106,7 +110,9 @@ def test_without_correction_it_is_bn_apply(params, dtype, mask):
 
         return jax.grad(loss, (0, 1), has_aux=True)(params, x)
 
-    assert_bits(both(bnjax.renorm(1, 0).apply, params, x), both(bnjax.bn_apply, params, x))
+    assert_bits(
+        both(bnjax.renorm(r_max=1, d_max=0).apply, params, x), both(bnjax.bn_apply, params, x)
+    )
 
 
 def test_inference_is_bn_apply():
@@ -135,7 +141,7 @@ def test_statistics_that_are_none_correct_nothing():
 @pytest.mark.parametrize("n", [1, 2])
 def test_batches_of_one_and_two(n):
     """Of one example bn_apply makes y = bias; here it is as at inference, within the limits."""
-    norm = bnjax.renorm(np.inf, 5.0)
+    norm = bnjax.renorm(r_max=np.inf, d_max=5.0)
     y, new = norm.apply(PARAMS, STATE, X[:n], True)
     expected = oracle(INPUTS._replace(x=X[:n]), (np.inf, 5.0))
     tolerances.assert_close((y, *new), expected, jnp.float32, N)
@@ -143,7 +149,7 @@ def test_batches_of_one_and_two(n):
 
 def test_limits_may_be_traced_and_have_no_derivative():
     def f(r_max, d_max):
-        return jnp.sum(W * bnjax.renorm(r_max, d_max).apply(PARAMS, STATE, X, True)[0])
+        return jnp.sum(W * bnjax.renorm(r_max=r_max, d_max=d_max).apply(PARAMS, STATE, X, True)[0])
 
     limits = (jnp.float32(1.1), jnp.full(C, 0.2))
     found, gradients = jax.jit(jax.value_and_grad(f, (0, 1)))(*limits)
@@ -156,12 +162,12 @@ def test_schedules_of_each_channel():
     d_max = optax.linear_schedule(0.0, 1.0, 10)
     state = STATE._replace(count=np.int32([0, 1, 5, 10, 11, 100]))
     opened = np.minimum(state.count / 10, 1)
-    y, _ = bnjax.renorm(r_max, d_max).apply(PARAMS, state, X, True)
+    y, _ = bnjax.renorm(r_max=r_max, d_max=d_max).apply(PARAMS, state, X, True)
     expected = oracle(INPUTS, (1 + 1.1 * opened, opened))[0]
     tolerances.assert_close(y, expected, jnp.float32, N)
 
 
-SCHEDULED = bnjax.renorm(
+SCHEDULED = limited(
     optax.linear_schedule(1.0, 3.0, 3), optax.linear_schedule(0.0, 5.0, 3), momentum=0.5
 )
 
@@ -236,7 +242,7 @@ def test_keras():
     new = dict(zip(names, new, strict=True))
 
     def ours(params, x):
-        norm = bnjax.renorm(*limits, momentum=momentum, epsilon=1e-3)
+        norm = limited(*limits, momentum=momentum, epsilon=1e-3)
         y, new = norm.apply(params, STATE, x, True)
         return jnp.sum(W * y**2), (y, new)
 
@@ -252,14 +258,14 @@ def bad_schedule(count):
 
 
 def apply_with(*limits):
-    return lambda: bnjax.renorm(*limits).apply(PARAMS, STATE, X, True)
+    return lambda: limited(*limits).apply(PARAMS, STATE, X, True)
 
 
 REFUSED = {
-    "r_max": (lambda: bnjax.renorm(0.5), (ValueError, "r_max", "in [1, inf]", "0.5", "")),
-    "d_max": (lambda: bnjax.renorm(1, -1), (ValueError, "d_max", "in [0, inf]", "-1", "")),
-    "nan": (lambda: bnjax.renorm(np.nan), (ValueError, "r_max", "in [1, inf]", "nan", "")),
-    "none": (lambda: bnjax.renorm(None), (TypeError, "r_max", "a real number", "None", "")),
+    "r_max": (lambda: bnjax.renorm(r_max=0.5), (ValueError, "r_max", "in [1, inf]", "0.5", "")),
+    "d_max": (lambda: bnjax.renorm(r_max=1, d_max=-1), (ValueError, "d_max", "in [0, inf]", "-1", "")),
+    "nan": (lambda: bnjax.renorm(r_max=np.nan), (ValueError, "r_max", "in [1, inf]", "nan", "")),
+    "none": (lambda: bnjax.renorm(r_max=None), (TypeError, "r_max", "a real number", "None", "")),
     "shape": (
         apply_with(np.ones(2)), (ValueError, "r_max", "one entry per channel", "(2,)", "")),
     "option": (

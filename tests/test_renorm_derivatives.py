@@ -8,7 +8,21 @@ import reference
 import tolerances
 from benchmark_scripts import hlo, ways
 from jax.sharding import AxisType, PartitionSpec
-from test_renorm import INPUTS, LIMITS, MASK, PARAMS, RNG, STATE, C, N, W, X, correction, oracle
+from test_renorm import (
+    INPUTS,
+    LIMITS,
+    MASK,
+    PARAMS,
+    RNG,
+    STATE,
+    C,
+    N,
+    W,
+    X,
+    correction,
+    limited,
+    oracle,
+)
 
 import bnjax
 from bnjax import BNParams, BNState
@@ -18,7 +32,7 @@ from bnjax import BNParams, BNState
 def test_derivatives(limits, masked):
     """Both modes, of y and of the new state by all inputs; r and d are constants."""
     mask = MASK if masked else None
-    norm = bnjax.renorm(*LIMITS[limits], momentum=0.5)
+    norm = limited(*LIMITS[limits], momentum=0.5)
     inputs = INPUTS._replace(epsilon=None)
     along = jax.tree.map(lambda v: RNG.normal(size=v.shape).astype(np.float32), inputs)
 
@@ -43,7 +57,7 @@ def test_derivatives(limits, masked):
 @pytest.mark.usefixtures("x64")
 def test_second_order():
     """Against the formula written plainly, in float64; some channels are at their limits."""
-    limits, norm = (1.3, 0.5), bnjax.renorm(1.3, 0.5)
+    limits, norm = (1.3, 0.5), bnjax.renorm(r_max=1.3, d_max=0.5)
     w = W[:6, [0, 3, 4]].astype(np.float64)
     state = BNState(*(v[[0, 3, 4]].astype(np.float64) for v in STATE[:2]), STATE.count[:3])
     params = BNParams(*(p[:3].astype(np.float64) for p in PARAMS))
@@ -124,7 +138,7 @@ def test_devices(way, devices, monkeypatch):
 
     def apply(params, given, x, train, **options):
         given = given._replace(count=given.count + 7)
-        return bnjax.renorm(*limits).apply(params, given, x, train, **options)
+        return limited(*limits).apply(params, given, x, train, **options)
 
     way = ways.WAYS[way]
     grid = way.grid(len(devices))
@@ -157,5 +171,5 @@ def test_a_state_placed_unlike_the_channels(devices):
     limits = LIMITS["per channel"]
     with jax.set_mesh(mesh):
         x = jax.device_put(X, PartitionSpec(None, "i"))
-        found = jax.jit(lambda x: bnjax.renorm(*limits).apply(PARAMS, STATE, x, True))(x)
+        found = jax.jit(lambda x: limited(*limits).apply(PARAMS, STATE, x, True))(x)
     tolerances.assert_close((found[0], *found[1]), oracle(INPUTS, limits), jnp.float32, N)

@@ -46,23 +46,19 @@ def subject(model: nn.Module, variables: Any, call: Call | None) -> Subject:
 def _run(
     model: Static, call: Call | None, mode: Mode, variables: Any, batch: Any
 ) -> tuple[Any, dict[str, Seen]]:
-    updates: dict[str, Any] = {}
-    prepared = {**variables, _STATS: _prepared(variables[_STATS])}
+    statistics = _prepared(variables[_STATS])
 
     def apply(*args: Any, **kwargs: Any) -> Any:
-        y, new = model.value.apply(prepared, *args, mutable=[_STATS], **kwargs)
-        if updates:
-            raise ValueError(
-                "`call` must call the model once, got a second call. Fix: one call on the whole "
-                "batch."
-            )
-        updates.update(new)
+        nonlocal statistics
+        given = {**variables, _STATS: statistics}
+        y, new = model.value.apply(given, *args, mutable=[_STATS], **kwargs)
+        statistics = new[_STATS]
         return y
 
     with transformed(lambda norm: _observe.observing(norm, mode), mode):
         y = apply(batch) if call is None else call(apply, batch)
     found: dict[str, dict[str, Any]] = {}
-    for path, leaf in traverse_util.flatten_dict(updates.get(_STATS, {})).items():
+    for path, leaf in traverse_util.flatten_dict(statistics).items():
         name = path[-1]
         if name.startswith(PREFIX):
             (array,) = jax.tree.leaves(leaf)

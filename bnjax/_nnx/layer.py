@@ -158,10 +158,11 @@ class BatchNorm(nnx.Module):
         norm = self._norm()
         statistics = self._statistics(norm)
         x, params, dtype = self._promoted(x)
+        given = {name: variable[...] for name, variable in statistics.items()}
         y, new = _modules.apply(
             norm,
             params,
-            {name: variable[...] for name, variable in statistics.items()},
+            given,
             x,
             inference,
             mask=mask,
@@ -172,7 +173,8 @@ class BatchNorm(nnx.Module):
         )
         if inference is not True or norm.always_updates:
             for name, value in new.items():
-                statistics[name][...] = jax.lax.stop_gradient(value)
+                if value is not given[name]:  # so that what never learns may be of another trace
+                    statistics[name][...] = jax.lax.stop_gradient(value)
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:

@@ -93,7 +93,8 @@ def switch(
 
     y = (x - mean) / sqrt(var + epsilon) * scale + bias with the moments asked for, and
     running statistics that learn or not, whatever `model.train()` and `model.eval()` say.
-    With both None the layers are as they were before.
+    A layer whose `norm` is switched keeps to that. With both None the layers are as they
+    were before.
 
     Args:
       model: an nnx module, or one of its parts, or a layer; flax's layers by `convert`.
@@ -105,7 +106,7 @@ def switch(
       The paths of the layers.
 
     Raises:
-      TypeError, ValueError: as `bnjax.switch`; no such layer.
+      TypeError, ValueError: as `bnjax.switch`; no such layer, or one of flax's.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,13 +126,21 @@ def switch(
     if moments is not None or learn is not None:
         switched = _switch.checked(moments, learn)
     layers = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)}
+    others = [path for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)]
+    if others:
+        raise ValueError(
+            f"layers must be bnjax's to be switched, got flax.nnx.BatchNorm at {others}. Fix: "
+            "bnjax.nnx.convert(model)."
+        )
     if not layers:
         raise ValueError(
-            f"the model must have a bnjax.nnx.BatchNorm layer, got none in {type(model)}. Fix: "
-            "bnjax.nnx.convert(model), for flax's."
+            f"the model must have a bnjax.nnx.BatchNorm layer, got none in {type(model)}."
         )
     for layer in layers.values():
-        layer.switched = switched
+        if switched is not None:
+            layer.switched = switched
+        elif "switched" in vars(layer):
+            del layer.switched
     return tuple(layers)
 
 
