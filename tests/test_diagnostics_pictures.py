@@ -4,6 +4,7 @@ import io
 import sys
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import rich.console
 from matplotlib import pyplot
 from messages import check_message
 
+import bnjax
+from bnjax import diagnostics
 from bnjax._diagnostics.curves import distributions
 from bnjax._diagnostics.monitor import QUANTITIES, Observation
 from bnjax._diagnostics.plots import heat_map, shortened
@@ -256,3 +259,12 @@ def test_extra_is_named(monkeypatch, module, call):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pip install 'bnjax\[reports\]'"):
         call()
+
+
+def test_report_is_printed_by_rich():
+    x = jnp.arange(12.0).reshape(6, 2)
+    report = diagnostics.report(lambda v, x: bnjax.bn_apply(*v, x, False), bnjax.bn_init(2), x)
+    console = rich.console.Console(width=100, record=True, file=io.StringIO())
+    console.print(report)
+    text = console.export_text()
+    assert "never-updated" in text and "output difference" in text and "mean gap" in text

@@ -21,15 +21,16 @@ from example_runs import (
 )
 from flax import nnx
 
+import bnjax._fold.nnx  # before jax compiles anything: it compiles anew after this import
 import bnjax.nnx
 from bnjax import fold
 
 main = train_cnn.main
-SMALL = ["--channels", "4", "8", "--batch-size", "20", "--eval-every", "4"]
+SMALL = ["--channels", "8", "16", "--eval-every", "10"]
 
 
 def small_run(folder, *extra):
-    return [*SMALL, "--steps", "8", "--run-dir", str(folder), *extra]
+    return [*SMALL, "--steps", "60", "--run-dir", str(folder), *extra]
 
 
 def step_of(trained, name):
@@ -51,7 +52,7 @@ def params_of(state):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A finished run of 8 steps: its folder, which no test may change."""
+    """A finished run of 60 steps: its folder, which no test may change."""
     folder = tmp_path_factory.mktemp("small") / "run"
     assert main(small_run(folder)) == 0
     return folder
@@ -60,19 +61,19 @@ def small(tmp_path_factory):
 def test_run_folder_holds_metrics_curves_settings_and_folded(small):
     rows = rows_of(small)
     assert [(row["step"], row["network"]) for row in rows] == [
-        (step, network) for step in ("4", "8") for network in ("bn", "no-bn")
+        (str(step), network) for step in range(10, 61, 10) for network in ("bn", "no-bn")
     ]
     assert (small / "curves.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((small / "settings.json").read_text())["settings"]
-    assert settings["--weight-decay"] == 1e-4 and settings["--channels"] == [4, 8]
+    assert settings["--weight-decay"] == 1e-4 and settings["--channels"] == [8, 16]
     (row,) = rows_of(small, "folded.csv")
     assert row["data"] == "digits" and row["training_images"] == "1347"
-    assert row["accuracy"] == rows[2]["test_accuracy"]
+    assert row["accuracy"] == rows[-2]["test_accuracy"]
 
 
 def test_folded_run_agrees_to_rounding(small):
     (row,) = rows_of(small, "folded.csv")
-    bound = tolerances.values(np.float32, 8 * 9)
+    bound = tolerances.values(np.float32, 16 * 9)
     assert 0 < float(row["difference"]) <= bound * float(row["largest_logit"])
     # One of the 450 images may lie between two classes.
     assert abs(float(row["folded_accuracy"]) - float(row["accuracy"])) <= 1 / 450
@@ -83,9 +84,9 @@ def test_finished_run_prints_both_tables_again(small, capsys):
     before = (small / "metrics.csv").read_bytes()
     assert main(small_run(small, "--resume")) == 0
     output = capsys.readouterr().out
-    assert "CNN of 4 8 channels; with and without batch normalization" in output
+    assert "CNN of 8 16 channels; with and without batch normalization" in output
     assert "learning rate 0.1, weight decay 0.0001" in output
-    assert "Continuing from step 8" in output and "After 8 steps" in output
+    assert "Continuing from step 60" in output and "After 60 steps" in output
     assert "folded away" in output and f"Folded: {small / 'folded.csv'}" in output
     assert (small / "metrics.csv").read_bytes() == before
 
@@ -94,7 +95,7 @@ def test_no_bn_trains_only_the_plain_network_to_the_same_numbers(
     small, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    argv = [*SMALL, "--steps", "8", "--no-bn"]
+    argv = [*SMALL, "--steps", "60", "--no-bn"]
     assert main(argv) == 0
     folder = tmp_path / "runs" / "cnn-001"
     assert rows_of(folder) == rows_of(small)[1::2]
@@ -106,7 +107,7 @@ def test_run_of_other_settings_is_refused(small, capsys):
     before = contents(small)
     options = {
         ("--weight-decay", "0.1"): "run folder has 0.0001, command line has 0.1",
-        ("--channels", "4"): "run folder has 4 8, command line has 4",
+        ("--channels", "4"): "run folder has 8 16, command line has 4",
         ("--residual",): "run folder has False, command line has True",
     }
     for option, difference in options.items():
@@ -115,17 +116,14 @@ def test_run_of_other_settings_is_refused(small, capsys):
     assert contents(small) == before
 
 
-def test_batch_norm_learns_faster():
+def test_batch_norm_learns_faster(small):
     """On average over the first 60 steps: 0.58 to 0.68 against 0.16 to 0.29 for eight seeds.
 
     The accuracy at any one step is no measure: it jumps by 0.2, on other steps where another
     processor rounds otherwise.
     """
-    trained = trainer(train_cnn.SCRIPT, channels=(8, 16), steps=60, eval_every=10)
-    for _ in range(6):
-        trained.advance()
     accuracy = {
-        name: np.mean([r["test_accuracy"] for r in trained.log["metrics"] if r["network"] == name])
+        name: np.mean([float(r["test_accuracy"]) for r in rows_of(small) if r["network"] == name])
         for name in ("bn", "no-bn")
     }
     assert accuracy["bn"] > 0.5
@@ -152,7 +150,7 @@ def test_residual_block_starts_as_the_identity(residual, inference):
 
 
 def test_both_networks_start_with_equal_kernels_and_normalize_with_bnjax():
-    states = trainer(train_cnn.SCRIPT, channels=(4, 8), residual=True).states
+    states = trainer(train_cnn.SCRIPT, channels=(8, 16), residual=True).states
     plain, params = (params_of(states[name]) for name in ("no-bn", "bn"))
     kernels = [path for path in plain if path.endswith("kernel")]
     assert len(kernels) == 2 * 3 + 1
@@ -220,14 +218,14 @@ def test_bfloat16_computes_in_bfloat16():
 
 
 def test_folding_leaves_no_normalization():
-    trained = trainer(train_cnn.SCRIPT, channels=(4, 8), residual=True)
+    trained = trainer(train_cnn.SCRIPT, channels=(8, 16), residual=True)
     _, after = step_of(trained, "bn")
     images = trained.test_data[0][:20]
     model = cnn.in_evaluation(after)
     folded = fold.nnx(model, images)
     assert len(folded.folded) == 6 and not folded.kept
     assert not nnx.to_flat_state(nnx.state(folded.model, nnx.BatchStat))
-    tolerances.assert_close(folded.model(images), model(images), np.float32, 72)
+    tolerances.assert_close(folded.model(images), model(images), np.float32, 144)
 
 
 # --- killed, resumed -------------------------------------------------------
@@ -237,11 +235,11 @@ def test_run_cut_short_resumes_to_the_same_bits(small, tmp_path):
     """What a run leaves that was killed after its first checkpoint."""
     folder = tmp_path / "run"
     shutil.copytree(small, folder)
-    shutil.rmtree(folder / "checkpoints" / "8")
+    shutil.rmtree(folder / "checkpoints" / "60")
     for name in ("metrics.csv", "curves.png", "folded.csv"):
         (folder / name).unlink()
     assert main(small_run(folder, "--resume")) == 0
-    options = {"channels": (4, 8), "batch_size": 20, "eval_every": 4, "steps": 8}
+    options = {"channels": (8, 16), "eval_every": 10, "steps": 60}
     LongRun(train_cnn.SCRIPT, options, small).assert_same(folder)
 
 

@@ -263,7 +263,7 @@ def apply_with(*limits):
 
 REFUSED = {
     "r_max": (lambda: bnjax.renorm(r_max=0.5), (ValueError, "r_max", "in [1, inf]", "0.5", "")),
-    "d_max": (lambda: bnjax.renorm(r_max=1, d_max=-1), (ValueError, "d_max", "in [0, inf]", "-1", "")),
+    "d_max": (lambda: bnjax.renorm(d_max=-1), (ValueError, "d_max", "in [0, inf]", "-1", "")),
     "nan": (lambda: bnjax.renorm(r_max=np.nan), (ValueError, "r_max", "in [1, inf]", "nan", "")),
     "none": (lambda: bnjax.renorm(r_max=None), (TypeError, "r_max", "a real number", "None", "")),
     "shape": (

@@ -12,7 +12,12 @@ from bnjax._models.common import Program, Subject
 from bnjax._observe import Mode
 
 # What reads y before the activation without changing which it is.
-_PASSED = ("convert_element_type", "reshape", "copy", "squeeze", "transpose", "broadcast_in_dim")
+_PASSED = (
+    *("convert_element_type", "reshape", "copy", "squeeze", "transpose", "broadcast_in_dim"),
+    *("reduce_window_max", "reduce_max"),  # of the greatest, which is as well chosen after it
+)
+# Whose bodies are not looked into.
+_OPAQUE = ("scan", "while", "cond", "shard_map")
 # The one primitive that reads y, or the pair of them, and the activation it makes.
 _KINDS = {"logistic": "sigmoid", "tanh": "tanh", "max": "relu"}
 
@@ -65,13 +70,16 @@ def _following(program: Program, shapes: _Shapes) -> dict[str, str]:
 
 
 def _mark_behind(flow: Flow, value: int, reads: dict[int, Any]) -> Any:
-    """The mark at the nearest value that this one was made from."""
+    """The mark at the nearest value that this one was made from, None for another loop's."""
     seen, queue = {value}, [value]
     while queue:
         current = queue.pop(0)
         if current in reads:
             return reads[current]
-        new = set(flow.reads[flow.maker[current]]) - seen if current in flow.maker else set()
+        step = flow.maker.get(current)
+        if step is None or flow.names[step] in _OPAQUE:
+            continue
+        new = set(flow.reads[step]) - seen
         seen |= new
         queue += sorted(new)
     return None
@@ -83,4 +91,17 @@ def _reader(flow: Flow, value: int) -> str:
     if len(names) == 1 and names <= set(_PASSED):
         kinds = {_reader(flow, made) for made in flow.makes[readers[0]]}
         return kinds.pop() if len(readers) == 1 and len(kinds) == 1 else ""
+    if names == {"max"} and not all(_beside_constant(flow, step, value) for step in readers):
+        return ""
     return _KINDS.get(names.pop(), "") if len(names) == 1 else ""
+
+
+def _beside_constant(flow: Flow, step: int, value: int) -> bool:
+    """Whether all that a step reads besides one value is known without arguments."""
+    queue = [other for other in flow.reads[step] if other != value]
+    while queue:
+        current = queue.pop()
+        if current in flow.arguments:
+            return False
+        queue += flow.reads[flow.maker[current]] if current in flow.maker else []
+    return True

@@ -7,7 +7,7 @@ from bnjax._diagnostics import gaps
 from bnjax._diagnostics.distances import Case
 from bnjax._diagnostics.gaps import Found, named
 from bnjax._diagnostics.records import Record
-from bnjax._diagnostics.remedies import REMEDIES
+from bnjax._diagnostics.remedies import remedy
 
 # Shares of the channels of a layer, or of its sampled inputs.
 _MANY = 0.5
@@ -43,12 +43,12 @@ def findings(case: Case) -> list[Finding]:
         # Whatever else the running statistics show follows from that.
         found = [f for i, f in enumerate(found) if i == 0 or f[0] not in _OF_STATISTICS]
     return [
-        Finding(cause, sentence, REMEDIES[cause][case.kind], layers)
+        Finding(cause, sentence, remedy(cause, case.kind, case.called), layers)
         for cause, sentence, layers in found
     ]
 
 
-_OF_STATISTICS = ("poisoned", "never-updated", "lagging", "stale", "mismatch")
+_OF_STATISTICS = ("poisoned", "lagging", "stale", "mismatch")
 
 
 def _bad_statistics(case: Case) -> Found:
@@ -98,6 +98,13 @@ def _bad_input(case: Case) -> Found:
             f"Of the entries that enter {layers[0]}, "
             f"{next(r.not_finite for r in case.records if r.not_finite)} are not finite.",
             layers,
+        )
+    bad, number = case.bad_batches
+    if bad:
+        yield (
+            "not-finite-input",
+            f"Of {number} training batches {bad} have entries that are not finite.",
+            (),
         )
 
 

@@ -14,17 +14,19 @@ from bnjax._observe import Mode, Seen
 
 Loss = Callable[[Any, Any], jax.Array]
 _SEED = 0
-# Logarithm of how many times the variance of a typical batch makes an outlier.
-_OUTLIER = np.log(5)
+# Logarithm of how many times the variance of a typical batch makes an outlier, and the
+# largest share of them: more than that are a part of the data.
+_OUTLIER, _FEW = np.log(5), 0.25
+_TINY = np.finfo(np.float32).tiny
 
 
 class Batches(NamedTuple):
     """Of one layer, over batches in training mode; arrays [channels], float64.
 
     mean, var: averages of the batches' means and (biased) variances, which a running
-    average tends to. between: variance of the batches' means. entries: of a channel in a
-    batch, the median. shuffled: `between` after a shuffle of the examples, None where they
-    could not be shuffled.
+    average tends to. between: variance of the batches' means. spread: of the logarithms of
+    their variances. entries: of a channel in a batch, the median. number: of batches.
+    shuffled: `between` after a shuffle of the examples, None where they could not be shuffled.
     """
 
     mean: np.ndarray
@@ -33,7 +35,6 @@ class Batches(NamedTuple):
     spread: np.ndarray
     entries: float
     number: int
-    outliers: int
     shuffled: np.ndarray | None
 
     def pooled(self) -> np.ndarray:
@@ -42,7 +43,7 @@ class Batches(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """A batch in training mode and in evaluation."""
+    """A batch in training mode and in evaluation; `seen`: of the layers that were called."""
 
     seen: Mapping[str, Seen]  # NumPy, float64
     overall: dict[str, float]
@@ -59,7 +60,10 @@ def _both(
     overall = {"output_difference": _difference(outputs["training"], outputs["evaluation"])}
     for name, output in outputs.items():
         if labels is not None:
-            overall |= {f"{k}_{name}": v for k, v in _scores(output, labels, loss).items()}
+            scores = _scores(output, labels, loss)
+            if "outside" in scores:
+                overall["outside"] = scores.pop("outside")
+            overall |= {f"{k}_{name}": v for k, v in scores.items()}
     return _stacked(seen["training"]), overall
 
 
@@ -75,54 +79,84 @@ def _stacked(seen: dict[str, Seen]) -> dict[str, jax.Array]:
 
 def sides(subject: Subject, batch: Any, labels: Any = None, loss: Loss | None = None) -> Sides:
     """Both modes side by side, in one program."""
-    seen, overall = _both(subject.program, loss, subject.variables, batch, labels)
-    seen, overall = jax.device_get((seen, overall))
-    return Sides(
-        {path: _wide(s) for path, s in seen.items()}, {k: float(v) for k, v in overall.items()}
+    both = jax.device_get(_both(subject.program, loss, subject.variables, batch, labels))
+    seen = _called(both[0])
+    common.require_layers(seen, "that was called", "Fix: a `call` that reaches them.")
+    overall = {name: float(v) for name, v in both[1].items()}
+    if overall.pop("outside", 0):
+        raise ValueError(
+            "`labels` must be in [0, classes) of the model's output, got others. Fix: "
+            "report(..., loss=...) for labels of another meaning."
+        )
+    return Sides(seen, overall)
+
+
+class _Row(NamedTuple):
+    """What one batch shows of a layer."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    entries: np.ndarray
+    bad: np.ndarray
+    epsilon: np.ndarray
+
+
+def batches(subject: Subject, given: list[Any]) -> tuple[dict[str, Batches], int]:
+    """What each layer sees in batches as training has them, and in shuffled ones.
+
+    And how many batches have entries that are not finite, which are left out; without two
+    others nothing is known.
+    """
+    found = _rows(subject, given)
+    finite = ~np.logical_or.reduce([rows.bad.any(1) for rows in found.values()])
+    bad = int((~finite).sum())
+    if finite.sum() < 2:
+        return {}, bad
+    usual = finite & np.logical_and.reduce([_usual(rows, finite) for rows in found.values()])
+    usual = usual if usual.sum() > 1 else finite
+    # Corrupt ones would leave their mark on all batches.
+    mixed = _shuffled([b for b, fits in zip(given, usual, strict=True) if fits])
+    other = None if mixed is None else _rows(subject, mixed)
+    return {
+        path: _over(rows, usual, None if other is None else other[path])
+        for path, rows in found.items()
+    }, bad
+
+
+def _over(rows: _Row, usual: np.ndarray, mixed: _Row | None) -> Batches:
+    means, variances = rows.mean[usual], rows.var[usual]
+    return Batches(
+        mean=means.mean(0),
+        var=variances.mean(0),
+        between=means.var(0, ddof=1),
+        spread=np.log(variances + rows.epsilon[usual]).var(0, ddof=1),
+        entries=float(np.median(rows.entries)),
+        number=int(usual.sum()),
+        shuffled=None if mixed is None else mixed.mean.var(0, ddof=1),
     )
 
 
-def batches(subject: Subject, given: list[Any]) -> dict[str, Batches]:
-    """What each layer sees in batches as training has them, and in shuffled ones."""
-    found = _moments(subject, given)
-    usual = np.logical_and.reduce([_usual(variances) for _, variances, _ in found.values()])
-    # They would leave their mark on all batches.
-    mixed = _shuffled([b for b, fits in zip(given, usual, strict=True) if fits])
-    other = None if mixed is None else _moments(subject, mixed)
-    result = {}
-    for path, (means, variances, entries) in found.items():
-        logs = np.log(variances[usual] + np.finfo(np.float32).tiny)
-        result[path] = Batches(
-            means[usual].mean(0),
-            variances[usual].mean(0),
-            means[usual].var(0, ddof=1),
-            logs.var(0, ddof=1),
-            float(np.median(entries)),
-            int(usual.sum()),
-            int((~usual).sum()),
-            None if other is None else other[path][0].var(0, ddof=1),
-        )
-    return result
+def _usual(rows: _Row, finite: np.ndarray) -> np.ndarray:
+    """Which batches have moments, and not several times the variance of a typical one."""
+    known = np.median(rows.entries, 1) > 1
+    if not (finite & known).any():
+        return finite
+    typical = np.median(rows.var[finite & known], 0)
+    with np.errstate(invalid="ignore"):
+        level = np.median(np.log((rows.var + _TINY) / (typical + _TINY)), 1)
+    outlier = known & (level >= _OUTLIER)
+    return known & ~outlier if outlier[finite].mean() <= _FEW else known
 
 
-def _usual(variances: np.ndarray) -> np.ndarray:
-    """Which batches do not have several times the variance of a typical one; at least two."""
-    tiny = np.finfo(np.float32).tiny
-    typical = np.nanmedian(variances, 0) + tiny
-    level = np.median(np.log((variances + tiny) / typical), 1)
-    usual = level < _OUTLIER  # not where it is NaN
-    return usual if usual.sum() > 1 else np.ones_like(usual)
-
-
-def _moments(subject: Subject, given: Iterable[Any]) -> dict[str, tuple[np.ndarray, ...]]:
-    """Means, variances and entries, [batches, channels]."""
-    rows: dict[str, list[tuple[Any, ...]]] = {}
+def _rows(subject: Subject, given: Iterable[Any]) -> dict[str, _Row]:
+    """What each layer sees in batches, [batches, channels]."""
+    rows: dict[str, list[_Row]] = {}
     for batch in given:
         found = jax.device_get(_training(subject.program, subject.variables, batch))
-        for path, seen in found.items():
-            s = _wide(seen)
-            rows.setdefault(path, []).append((s.shift + s.offset, s.var, s.entries))
-    return {path: tuple(np.stack(v) for v in zip(*own, strict=True)) for path, own in rows.items()}
+        for path, s in _called(found).items():
+            row = _Row(*map(np.asarray, (s.shift + s.offset, s.var, s.entries, s.bad, s.epsilon)))
+            rows.setdefault(path, []).append(row)
+    return {path: _Row(*map(np.stack, zip(*own, strict=True))) for path, own in rows.items()}
 
 
 def _shuffled(given: list[Any]) -> list[Any] | None:
@@ -144,8 +178,11 @@ def _shuffled(given: list[Any]) -> list[Any] | None:
     return [jax.tree.unflatten(structure, leaves) for leaves in zip(*split, strict=True)]
 
 
-def _wide(stacked: Any) -> Seen:
-    return Seen(*np.asarray(stacked, np.float64))  # type: ignore[arg-type]
+def _called(stacked: Mapping[str, Any]) -> dict[str, Seen]:
+    """In float64, of the layers that were called; stacked layers and feature axes in a row."""
+    wide = {path: np.asarray(s, np.float64) for path, s in stacked.items()}
+    seen = {path: Seen(*s.reshape(len(s), -1)) for path, s in wide.items()}  # type: ignore[arg-type]
+    return {path: s for path, s in seen.items() if np.all(s.calls > 0)}
 
 
 def _difference(one: Any, other: Any) -> jax.Array:
@@ -155,30 +192,52 @@ def _difference(one: Any, other: Any) -> jax.Array:
         for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
         if jnp.issubdtype(a.dtype, jnp.floating)
     ]
-    apart = sum(jnp.square(a - b).sum() for a, b in pairs)
-    size = sum(jnp.square(v - v.mean(0)).sum() / 2 for pair in pairs for v in pair)
-    return jnp.sqrt(apart / jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
+    apart = sum((jnp.square(a - b).sum() for a, b in pairs), jnp.zeros(()))
+    size = sum(jnp.square(_centred(v)).sum() / 2 for pair in pairs for v in pair)
+    return jnp.where(
+        apart == 0, 0, jnp.sqrt(apart / jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
+    )
+
+
+def _centred(v: jax.Array) -> jax.Array:
+    """Less the mean of the examples, where there are several."""
+    return v - v.mean(0, keepdims=True) if v.ndim and v.shape[0] > 1 else v
 
 
 def _scores(output: Any, labels: Any, loss: Loss | None) -> dict[str, jax.Array]:
     """The loss; and for classes their mean cross-entropy and the share that is right."""
     if loss is not None:
-        return {"loss": loss(output, labels)}
-    import optax
-
-    losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), labels)
-    right = (output.argmax(-1) == labels).mean(dtype=jnp.float32)
-    return {"loss": losses.mean(), "accuracy": right}
+        value = jnp.asarray(loss(output, labels))
+        if value.size != 1:
+            raise ValueError(
+                f"`loss` must return a scalar, got shape {value.shape}. Fix: its mean."
+            )
+        return {"loss": value.reshape(())}
+    shape, labels = getattr(output, "shape", None), jnp.asarray(labels)
+    if not shape or labels.shape != shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            "`labels` must be integers, one for each row of the model's output of shape "
+            f"{shape}, got {labels.dtype} of shape {labels.shape}. Fix: labels of `batch` as class "
+            "numbers, or report(..., loss=...) for others."
+        )
+    logs = jax.nn.log_softmax(output.astype(jnp.float32))
+    inside = (labels >= 0) & (labels < shape[-1])
+    at = jnp.where(inside, labels, 0)[..., None]
+    return {
+        "loss": -jnp.take_along_axis(logs, at, -1).mean(),
+        "accuracy": (output.argmax(-1) == labels).mean(dtype=jnp.float32),
+        "outside": (~inside).any(),
+    }
 
 
 def statistics(layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Running statistics as NumPy arrays, float64."""
-    wide: dict[str, Any] = jax.device_get(dict(layers))
+    """Running statistics as NumPy arrays, float64; stacked layers and feature axes in a row."""
+    given: dict[str, Any] = jax.device_get(dict(layers))
     return {
         path: Layer(
-            np.asarray(layer.mean, np.float64),  # type: ignore[arg-type]
-            np.asarray(layer.var, np.float64),  # type: ignore[arg-type]
-            layer.count,
+            np.ravel(layer.mean).astype(np.float64),  # type: ignore[arg-type]
+            np.ravel(layer.var).astype(np.float64),  # type: ignore[arg-type]
+            layer.count if layer.count is None else np.ravel(layer.count),  # type: ignore[arg-type]
         )
-        for path, layer in wide.items()
+        for path, layer in given.items()
     }

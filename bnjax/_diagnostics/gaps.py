@@ -12,13 +12,14 @@ from bnjax._diagnostics.distances import Case, Moments
 _APART = 0.2
 # The same for data against data, which differ by sampling too.
 _SHIFTED = 0.25
-# A batch's means that vary so many times as much as those of shuffled batches.
-_UNSHUFFLED = 3.0
+# Batches' means that vary so many times as much as those of shuffled batches, at least; and
+# in deviations of the logarithm of a ratio of variances, as few batches scatter more.
+_UNSHUFFLED, _BY_CHANCE = 3.0, 2.13
 # The weight of the initial 0 and 1 that is worth a finding, and how much of the distance
 # it may leave unexplained.
 _INITIAL, _UNEXPLAINED = 0.03, 0.3
-# Running variances this many times the data's, in most channels.
-_POISONED = 2.0
+# Running variances this many times the data's, in most channels that vary.
+_POISONED, _NIL = 2.0, 1e-12
 # Entries of a channel from which the moments of a batch are more noise than signal, where
 # the outputs of both modes differ by so much of their deviation.
 _SMALL, _DIFFERENT = 8, 0.25
@@ -49,9 +50,12 @@ def unshuffled(case: Case) -> Found:
     b = case.batches.get(path)
     if b is None or b.shuffled is None:
         return
-    with np.errstate(all="ignore"):
-        ratio = float(np.nanmedian(b.between / b.shuffled))
-    if ratio > _UNSHUFFLED:
+    varied = b.shuffled > 0
+    pooled = b.pooled()[varied]
+    chance = (b.shuffled[varied] / pooled).sum()
+    ratio = float((b.between[varied] / pooled).sum() / chance) if varied.any() else 1.0
+    scatter = 2 / np.sqrt(b.number - 1)
+    if ratio > max(_UNSHUFFLED, np.exp(_BY_CHANCE * scatter)):
         yield (
             "not-shuffled",
             f"The means of the training batches in {path} vary {ratio:.0f} times as much as those "
@@ -99,11 +103,13 @@ def _beside_batches(case: Case, apart: dict[str, float]) -> Found:
 
 def _beside_one_batch(case: Case) -> Found:
     """Without training batches the evaluated one stands for them."""
-    apart = {path: distances.beside(case, path) for path in case.seen}
+    finite = [r.layer for r in case.records if not r.not_finite]
+    apart = {path: distances.beside(case, path) for path in finite}
     layers = tuple(path for path, d in apart.items() if not d <= _SHIFTED)
     if not layers:
         return
-    reference = {path: (s.shift + s.offset, s.var) for path, s in case.seen.items()}
+    seen = {path: case.seen[path] for path in finite}
+    reference = {path: (s.shift + s.offset, s.var) for path, s in seen.items()}
     yield _lagging(case, reference, layers) or (
         "mismatch",
         f"The running statistics of {named(layers)} are up to {max(apart.values()):.2f} "
@@ -131,20 +137,21 @@ def _lagging(
 def _as_after(weight: float, momentum: float) -> str:
     if not (0 < momentum < 1 and 0 < weight < 1):
         return ""
-    steps = np.log(weight) / np.log(momentum)
-    return f", as after {max(steps, 0):.0f} steps with momentum={momentum:g}"
+    steps = round(np.log(weight) / np.log(momentum))
+    return f", as after {steps} step{'s' * (steps != 1)} with momentum={momentum:g}"
 
 
 def _poisoned(
     case: Case, reference: Moments, layers: tuple[str, ...]
 ) -> tuple[str, str, tuple[str, ...]] | None:
     for path in layers:
-        with np.errstate(all="ignore"):
-            ratio = case.layers[path].var / reference[path][1]
-        if np.nanquantile(ratio, 0.2) > _POISONED:
+        var, running = reference[path][1], case.layers[path].var
+        # Of what never varies, a corrupt batch may have nothing either.
+        ratio = (running / np.maximum(var, _NIL))[(var > _NIL) & np.isfinite(running)]
+        if ratio.size and np.quantile(ratio, 0.2) > _POISONED:
             return (
                 "poisoned",
-                f"The running variance of {path} is {float(np.nanmedian(ratio)):.1f} times that of "
+                f"The running variance of {path} is {float(np.median(ratio)):.1f} times that of "
                 "the data in a typical channel, and larger in nearly all: the average has "
                 "learned from a corrupt batch, of values far out of range.",
                 layers,

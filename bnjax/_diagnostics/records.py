@@ -12,8 +12,8 @@ from bnjax._observe import Seen
 # Below this a scale lets nothing through.
 _DEAD_SCALE = 1e-3
 # A variance below this part of epsilon, which then takes its place.
-_DEAD_VARIANCE = 0.1
-# A deviation so many times that of a typical channel of its layer, or beyond any use.
+DEAD_VARIANCE = 0.1
+# A deviation so many times that of a typical channel of its layer, of those that vary.
 _EXPLODING = 1e4
 
 
@@ -105,23 +105,25 @@ def per_channel(layer: Layer, seen: Seen) -> dict[str, np.ndarray]:
         stretch = var * (1 / np.sqrt(batch) - 1 / np.sqrt(running)) ** 2
         overlap = np.sqrt(2 * np.sqrt(batch * running) / (batch + running))
         overlap = overlap * np.exp(-0.25 * apart**2 / (batch + running))
-        deviation = np.sqrt(np.maximum(var, layer.var))
-        limit = _EXPLODING * (np.median(deviation) + np.finfo(np.float32).tiny)
+        collapsed = (var < DEAD_VARIANCE * epsilon) & (seen.entries > 1)
+        deviation = np.sqrt(np.fmax(var, layer.var))
+        typical = deviation[(deviation**2 >= epsilon) & np.isfinite(deviation)]
+        limit = _EXPLODING * (np.median(typical) if typical.size else np.inf)
         if layer.count is None:
             untrained = (layer.mean == 0) & (layer.var == 1)
         else:
-            untrained = np.asarray(layer.count) == 0
+            untrained = layer.count == 0
         return {
             "mean": mean,
             "var": var,
-            "running_mean": np.asarray(layer.mean),
-            "running_var": np.asarray(layer.var),
-            "entries": np.asarray(seen.entries),
+            "running_mean": layer.mean,
+            "running_var": layer.var,
+            "entries": seen.entries,
             "mean_gap": np.abs(apart) / np.sqrt(running),
             "log_var_ratio": np.log(batch / running),
             "output_difference": np.sqrt(stretch + apart**2 / running),
             "distance": np.sqrt(np.maximum(1 - overlap, 0)),
-            "dead": (np.abs(seen.scale) < _DEAD_SCALE) | (var < _DEAD_VARIANCE * epsilon),
-            "exploding": ~(deviation <= limit),
+            "dead": (np.abs(seen.scale) < _DEAD_SCALE) | collapsed,
+            "exploding": deviation > limit,
             "untrained": untrained,
         }

@@ -1,10 +1,12 @@
 """The remedy of each cause, as code, for each kind of model."""
 
 _KINDS = ("functional", "linen", "nnx")
+# Of the call, which differs where the model is called by a `call`.
+_END = "<end>"
 _RECALIBRATE = {
-    "functional": "variables = bnjax.recalibrate(model, variables, {})",
-    "linen": "variables = bnjax.recalibrate(model, variables, {})",
-    "nnx": "bnjax.recalibrate(model, None, {})",
+    "functional": "variables = bnjax.recalibrate(model, variables, {}",
+    "linen": "variables = bnjax.recalibrate(model, variables, {}",
+    "nnx": "bnjax.recalibrate(model, None, {}",
 }
 
 
@@ -13,7 +15,13 @@ def _everywhere(code: str) -> dict[str, str]:
 
 
 def _recalibrated(batches: str, further: str = "") -> dict[str, str]:
-    return {kind: code.format(batches) + further for kind, code in _RECALIBRATE.items()}
+    return {kind: code.format(batches) + _END + further for kind, code in _RECALIBRATE.items()}
+
+
+def remedy(cause: str, kind: str, called: bool) -> str:
+    """The code; with `call`, where the report has one."""
+    own = REMEDIES[cause][kind]
+    return own.replace(_END, ", call=call)" if called else ")")
 
 
 REMEDIES: dict[str, dict[str, str]] = {

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from bnjax import _checks
-from bnjax._diagnostics import activations, causes, evidence, records
+from bnjax._diagnostics import activations, causes, evidence, records, tables
 from bnjax._diagnostics.causes import Finding
 from bnjax._diagnostics.distances import Case
 from bnjax._diagnostics.records import Record
@@ -23,7 +23,7 @@ _COMPARED = 4
 class Report:
     """What `report` found.
 
-    records: one for each layer, in the order of their calls. findings: likely causes of
+    records: one for each layer that was called, in the order of calls. findings: likely causes of
     a gap between training and evaluation first, the likeliest one first; none for a
     healthy network. overall: of the model, "output_difference" (root mean square of the
     difference of its outputs in both modes, beside their deviation), and with labels
@@ -37,6 +37,10 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         """The records as dictionaries of numbers, for a table."""
         return [record.row() for record in self.records]
+
+    def __rich__(self) -> Any:
+        """For `rich.print`: findings, overall numbers, and the table of layers."""
+        return tables.shown(self.findings, self.overall, self.records)
 
     def __str__(self) -> str:
         """The findings, in words."""
@@ -82,10 +86,11 @@ def report(
 
     Returns:
       `Report(records, findings, overall)`; str() gives the findings in words, `rows()` the
-      records as dictionaries.
+      records as dictionaries, `rich.print` all in a table.
 
     Raises:
-      TypeError, ValueError: as `recalibrate`.
+      TypeError, ValueError: as `recalibrate`; traced arguments, fewer than two training
+      batches, labels of another shape or kind than the loss takes.
 
     Example:
       >>> import jax, jax.numpy as jnp, bnjax
@@ -101,26 +106,53 @@ def report(
     Source: the comparison of moments is that of Ioffe & Szegedy (2015), section 3.1, in
     both modes; Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", lists the causes.
     """
+    _require_values(variables=variables, batch=batch, labels=labels)
     subject = kinds.subject(model, variables, call)
+    _require_values(model=subject.variables)
     if steps is not None:
         steps = _checks.positive("steps", steps)
-    given = [] if train_batches is None else list(train_batches)
+    if loss is not None and labels is None:
+        raise ValueError("`labels` must be given where a `loss` is, got None. Fix: labels=...")
+    given = _several(train_batches)
     both = evidence.sides(subject, batch, labels, loss)
     layers = evidence.statistics(subject.layers)
     known = activations.following(subject, batch)
     order = sorted(both.seen, key=lambda path: float(both.seen[path].order.min()))
     found = tuple(records.record(p, layers[p], both.seen[p], known[p]) for p in order)
-    seen = evidence.batches(subject, given) if len(given) > 1 else {}
+    seen, bad = evidence.batches(subject, given) if given else ({}, 0)
     case = Case(
         kind=subject.kind,
+        called=call is not None,
         records=found,
         seen={p: both.seen[p] for p in order},
         layers=layers,
-        batches=seen,
+        batches={p: seen[p] for p in order if p in seen},
+        bad_batches=(bad, len(given)),
         on_training_batches=_on_batches(subject, given),
         steps=steps,
     )
     return Report(found, tuple(causes.findings(case)), both.overall)
+
+
+def _require_values(**arguments: Any) -> None:
+    for name, tree in arguments.items():
+        if not all(map(_checks.is_concrete, jax.tree.leaves(tree))):
+            raise TypeError(
+                f"`report` needs values, got a traced `{name}`. Fix: call it outside of jit."
+            )
+
+
+def _several(batches: Iterable[Any] | None) -> list[Any]:
+    """Those given; so many that they can be compared with each other."""
+    if batches is None:
+        return []
+    given = list(batches)
+    if len(given) < 2:
+        raise ValueError(
+            f"`train_batches` must hold at least 2 batches, got {len(given)}. Fix: about 16; a "
+            "generator is used up by one call, make it anew."
+        )
+    return given
 
 
 def _on_batches(subject: Subject, given: list[Any]) -> float | None:
