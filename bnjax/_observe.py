@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _layer, _merge, _normalize, _placement, _reduce
+from bnjax import _checks, _layer, _merge, _normalize, _placement, _reduce
 from bnjax._fold import flow
 from bnjax._moments import BatchMoments, batch_moments
 from bnjax._reduce import Reduction
@@ -38,13 +38,15 @@ class Mode(NamedTuple):
     """How layers are observed. `train`: by which moments they normalize meanwhile.
 
     `sampled`: whether to look at single entries of y, too, and, what takes longer, at
-    `percentiles`. `marked`: whether to mark y for those who trace its way.
+    `percentiles`. `marked`: whether to mark y for those who trace its way. `blind`: whether
+    to look at nothing, where only the model's output is wanted.
     """
 
     train: bool
     sampled: bool = False
     percentiles: bool = True
     marked: bool = False
+    blind: bool = False
 
 
 class Seen(NamedTuple):
@@ -97,7 +99,9 @@ class Observed:
 
 def nothing(mean: jax.Array) -> Seen:
     """Before the first call of a layer."""
-    return Seen(*[jnp.zeros_like(mean)] * len(Seen._fields))
+    # Counts and sums, which narrow statistics cannot hold.
+    zeros = jnp.zeros_like(mean, _checks.compute_dtype(jnp.result_type(mean)))
+    return Seen(*[zeros] * len(Seen._fields))
 
 
 def observe(
@@ -111,6 +115,8 @@ def observe(
     state, mode = observed.state, observed.mode
     options = options | _mapped(options["axis_name"], options["axis_index_groups"])
     y, _ = function(params, state, x, mode.train, **options)
+    if mode.blind:
+        return y, observed
     call = _layer.prepare(params, BNState(*state[:3]), x, True, **options)
     r = call.static.plan.reduction
     inputs = _normalize.placed(call.inputs, r.axes)

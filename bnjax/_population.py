@@ -21,8 +21,6 @@ Method = Literal["pooled", "average"]
 
 # Fewer batches than in two such halves agree by chance.
 _LEAST_HALF = 4
-# Programs kept, each with the model it was compiled for.
-_PROGRAMS = 32
 
 
 def recalibrate(
@@ -54,14 +52,15 @@ def recalibrate(
     Args:
       model: a flax.linen or flax.nnx module, with BatchNorm layers of bnjax or of flax;
         or a function (variables, batch) -> (output, state), with a `BNState` for each
-        layer in both.
+        layer in both, which goes to the layer as it is.
       variables: of the linen module; those of the function, such as (params, state); None
         for nnx.
       batches: arrays or trees of arrays, of any sizes; sharded ones are taken as a whole.
       call: (apply, batch) -> output, where `apply` takes the arguments of the module, in
         evaluation, as in `lambda apply, batch: apply(batch["image"], train=False)`; by
-        default apply(batch). Calls of `recalibrate` share a compiled program if it is one
-        function.
+        default apply(batch). Model and `call` are compiled, as by `jax.jit`, and kept: what
+        they read besides their arguments stays as it was at first, and another function is
+        compiled anew.
       method: "pooled" or "average".
       passes: over the batches, which must then be a list, or another iterable that starts
         anew each time.
@@ -100,6 +99,7 @@ def recalibrate(
         tolerance = float(_checks.number("tolerance", tolerance, 0.0, jnp.inf, ()))
     _check_batches(batches, passes)
     given = kinds.subject(model, variables, call)
+    common.require_values("recalibrate", variables=given.variables)
     try:
         for i in range(passes):
             subject = kinds.subject(model, variables, call) if i else given
@@ -174,7 +174,7 @@ def _empty(mean: Any) -> _Part:
     return _Part(nothing, nothing, zeros)
 
 
-@functools.lru_cache(_PROGRAMS)
+@functools.lru_cache(common.PROGRAMS)
 def _observer(program: Program, mode: Mode) -> Callable[[Any, Any], dict[str, BatchMoments]]:
     """(variables, batch) -> the moments that layers saw, compiled.
 

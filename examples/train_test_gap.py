@@ -5,13 +5,15 @@ scenarios.py. For each: the test accuracy with the moments of test batches (trai
 mode) and with the running statistics (evaluation), what bnjax.diagnostics.report says,
 and the accuracies after a remedy. Results go to a run folder (runs/gap-001 and so on):
 gaps.csv with a row for each remedy of each network, summary.csv with their means.
+A run that was stopped or killed continues with --resume.
 """
 
 import collections
 import contextlib
+import csv
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,9 @@ class Settings:
     healthy_seeds: int = 20
     """The same of healthy ones."""
     run_dir: Path | None = None
-    """Run folder. Default: the next free runs/gap-NNN."""
+    """Run folder. Default: the next free runs/gap-NNN; with --resume, the newest one."""
+    resume: bool = False
+    """Continue the run in the run folder: networks that it has are left out."""
 
 
 def check(settings: Settings) -> None:
@@ -54,6 +58,10 @@ def check(settings: Settings) -> None:
         raise SettingsError(
             f"--scenarios: needs one or more of {', '.join(SCENARIOS)}, got "
             f"{' '.join(unknown) or 'nothing'}."
+        )
+    if len(set(settings.scenarios)) < len(settings.scenarios):
+        raise SettingsError(
+            f"--scenarios: needs each only once, got {' '.join(settings.scenarios)}."
         )
     for name in ("seeds", "healthy_seeds"):
         if not 1 <= getattr(settings, name) < 2**31:
@@ -132,30 +140,45 @@ def printed(rows: list[dict[str, str]]) -> Table:
     return table
 
 
-def cases(settings: Settings, dataset: data.Dataset) -> Iterator[tuple[str, int, Case]]:
-    for name in settings.scenarios:
-        seeds = settings.healthy_seeds if name == "healthy" else settings.seeds
-        for seed in range(seeds):
-            yield name, seed, SCENARIOS[name].build(dataset, seed)
+def networks(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        (name, seed)
+        for name in settings.scenarios
+        for seed in range(settings.healthy_seeds if name == "healthy" else settings.seeds)
+    ]
+
+
+def recorded(path: Path) -> list[Row]:
+    """The networks of a run that was stopped or killed."""
+    if not path.exists():
+        return []
+    words = ("scenario", "planted", "first finding", "remedy")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    for row in rows:
+        for name in row.keys() - set(words):
+            kind = int if name in ("seed", "findings") else float
+            row[name] = kind(row[name]) if row[name] else ""
+    return rows
 
 
 def experiment(
     settings: Settings, dataset: data.Dataset, folder: run_folder.RunFolder, console: Console
 ) -> None:
-    rows: list[Row] = []
-    total = sum(
-        settings.healthy_seeds if name == "healthy" else settings.seeds
-        for name in settings.scenarios
-    )
+    rows = recorded(folder.path / GAPS)
+    done = {(row["scenario"], row["seed"]) for row in rows}
     with Progress(console=console) as progress:
-        bar = progress.add_task("compiling", total=total)
-        for name, seed, case in cases(settings, dataset):
+        bar = progress.add_task("compiling", total=len(networks(settings)))
+        for name, seed in networks(settings):
+            progress.update(bar, advance=1, description=name)
+            if (name, seed) in done:
+                continue
+            case = SCENARIOS[name].build(dataset, seed)
             report = diagnosed(case)
             if seed == 0:
                 console.print(f"{name}\n{report}\n", markup=False, highlight=False)
             rows += measured(name, seed, case, report)
             folder.write_table(GAPS, rows)
-            progress.update(bar, advance=1, description=name)
     folder.write_table(SUMMARY, summary(rows))
     console.print(printed(summary(rows)))
     print(f"Each network: {folder.path / GAPS}\nMeans: {folder.path / SUMMARY}")
@@ -165,12 +188,13 @@ def run(settings: Settings) -> None:
     check(settings)
     dataset = data.load("digits")
     decisive = dataclasses.asdict(settings)
-    del decisive["run_dir"]
+    del decisive["run_dir"], decisive["resume"]
+    find = run_folder.newest if settings.resume else run_folder.next_free
     folder = run_folder.RunFolder(
-        settings.run_dir or run_folder.next_free("gap"),
+        settings.run_dir or find("gap"),
         settings={options.flag(name): value for name, value in decisive.items()},
         made_with=run_folder.made_with(),
-        resume=False,
+        resume=settings.resume,
     )
     with contextlib.closing(folder):
         print(f"Run folder: {folder.path}", flush=True)

@@ -23,6 +23,11 @@ MOMENTUM = bnjax.cumulative()  # with a count in all kinds of models
 KINDS = ("functional", "linen", "nnx")
 
 
+def mostly(kind):
+    """All kinds of models, of which one is for every run: what they show is the same numbers."""
+    return [pytest.param(k, marks=[pytest.mark.slow] * (k != kind)) for k in KINDS]
+
+
 TRACES = []
 
 
@@ -175,7 +180,7 @@ PLANTED = {
 SIGNS = np.array([1, -1] * (C // 2), np.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly("linen"))
 def test_planted_cause_is_named_first(kind):
     """And nothing is traced, thus compiled, again for other values of the same shapes."""
     assert healthy().causes(kind) == []
@@ -185,7 +190,10 @@ def test_planted_cause_is_named_first(kind):
     for cause, case in planted.items():
         found = case.report(kind)
         assert [f.cause for f in found.findings][:1] == [cause]
-        assert str(found).startswith(f"{cause}: ") and found.findings[0].remedy in str(found)
+        assert str(found).startswith(f"{cause}: ")
+        assert set(found.findings[0].remedy.splitlines()) <= set(
+            map(str.strip, str(found).splitlines())
+        )
         compile(found.findings[0].remedy, cause, "exec")
     assert TRACES == []
 
@@ -200,7 +208,7 @@ def test_small_batches():
 RECALIBRATED = ("poisoned", "lagging", "stale", "mismatch", "domain-shift")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly("nnx"))
 @pytest.mark.parametrize("cause", RECALIBRATED)
 def test_remedy_of_statistics_mends_them(cause, kind):
     case = PLANTED[cause]()
@@ -216,7 +224,7 @@ def test_remedy_of_statistics_mends_them(cause, kind):
     assert after.findings == ()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly("functional"))
 def test_other_remedies_run(kind):
     case = healthy()
     model, variables, _ = case.subject(kind)

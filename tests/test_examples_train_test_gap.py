@@ -1,6 +1,7 @@
 """train_test_gap.py: failures that are real, found and mended; its tables; bad options."""
 
 import collections
+import shutil
 
 import example_runs
 import jax
@@ -12,6 +13,7 @@ from example_runs import contents, refused, rows_of
 
 main = train_test_gap.main
 COMMITTED = example_runs.ROOT / "examples" / "results" / "train_test_gap"
+CHOSEN = ["--scenarios", "healthy", "poisoned", "--seeds", "1", "--healthy-seeds", "1"]
 # Where evaluation is not the worse mode: both fail, or training mode fails even more.
 NO_GAP = ("healthy", "inverted-images", "batch-of-2")
 NO_REMEDY = {
@@ -30,8 +32,7 @@ def digits():
 def finished(tmp_path_factory):
     """A run of two scenarios, one network each: the folder, which no test may change."""
     folder = tmp_path_factory.mktemp("runs") / "gap"
-    chosen = ["--scenarios", "healthy", "poisoned", "--seeds", "1", "--healthy-seeds", "1"]
-    assert main([*chosen, "--run-dir", str(folder)]) == 0
+    assert main([*CHOSEN, "--run-dir", str(folder)]) == 0
     return folder
 
 
@@ -135,6 +136,7 @@ def test_accuracies_are_those_of_either_mode(digits):
     "argv, words",
     [
         (["--scenarios", "poisned"], ["--scenarios", "poisoned", "got poisned"]),
+        (["--scenarios", "healthy", "healthy"], ["--scenarios", "only once"]),
         (["--seeds", "0"], ["--seeds", "at least 1"]),
         (["--healthy-seeds", "0"], ["--healthy-seeds", "at least 1"]),
     ],
@@ -152,3 +154,17 @@ def test_existing_run_is_not_overwritten(finished, capsys):
     before = contents(finished)
     assert "is not empty" in refused(main, capsys, ["--run-dir", finished])
     assert contents(finished) == before
+
+
+def test_killed_run_resumes(finished, tmp_path, monkeypatch):
+    """To the same tables; what is recorded is not trained again."""
+    folder = tmp_path / "gap"
+    shutil.copytree(finished, folder)
+    *kept, _ = (folder / "gaps.csv").read_text().splitlines(keepends=True)
+    (folder / "gaps.csv").write_text("".join(kept))
+    (folder / "summary.csv").unlink()
+    healthy = scenarios.SCENARIOS["healthy"]._replace(build=None)
+    monkeypatch.setitem(scenarios.SCENARIOS, "healthy", healthy)
+    assert main([*CHOSEN, "--run-dir", str(folder), "--resume"]) == 0
+    for name in ("gaps.csv", "summary.csv"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()

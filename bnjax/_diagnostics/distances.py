@@ -42,8 +42,11 @@ def running(case: Case, path: str) -> float:
     # A moving average has the noise of so many batches, and so has the average of the given.
     noise = (1 - weight) / (1 + weight) + 1 / b.number
     log_noise = _of_varying(case, path, b.var, b.spread * noise)
-    given = Side(b.mean, b.var, b.between * noise, log_noise)
-    return _apart(case, path, given, case.layers[path])
+    # Those of a moving average, or of `recalibrate`.
+    return min(
+        _apart(case, path, Side(b.mean, var, b.between * noise, log_noise), case.layers[path])
+        for var in (b.var, b.pooled())
+    )
 
 
 def shift(case: Case, path: str) -> float:

@@ -49,12 +49,20 @@ class Sides(NamedTuple):
     overall: dict[str, float]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _both(
+@functools.lru_cache(common.PROGRAMS)
+def _both(program: Program, loss: Loss | None) -> Callable[..., Any]:
+    """(variables, batch, labels) -> what layers saw in training mode, overall numbers; compiled."""
+    return jax.jit(functools.partial(_both_modes, program, loss))
+
+
+def _both_modes(
     program: Program, loss: Loss | None, variables: Any, batch: Any, labels: Any
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     outputs, seen = {}, {}
-    modes = {"training": Mode(True, sampled=True, percentiles=False), "evaluation": Mode(False)}
+    modes = {
+        "training": Mode(True, sampled=True, percentiles=False),
+        "evaluation": Mode(False, blind=True),
+    }
     for name, mode in modes.items():
         outputs[name], seen[name] = common.observed(program, mode, variables, batch)
     overall = {"output_difference": _difference(outputs["training"], outputs["evaluation"])}
@@ -67,9 +75,14 @@ def _both(
     return _stacked(seen["training"]), overall
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _training(program: Program, variables: Any, batch: Any) -> dict[str, jax.Array]:
-    return _stacked(common.observed(program, Mode(True), variables, batch)[1])
+@functools.lru_cache(common.PROGRAMS)
+def _training(program: Program) -> Callable[[Any, Any], dict[str, jax.Array]]:
+    """(variables, batch) -> what layers saw in training mode, compiled."""
+
+    def run(variables: Any, batch: Any) -> dict[str, jax.Array]:
+        return _stacked(common.observed(program, Mode(True), variables, batch)[1])
+
+    return jax.jit(run)
 
 
 def _stacked(seen: dict[str, Seen]) -> dict[str, jax.Array]:
@@ -79,7 +92,7 @@ def _stacked(seen: dict[str, Seen]) -> dict[str, jax.Array]:
 
 def sides(subject: Subject, batch: Any, labels: Any = None, loss: Loss | None = None) -> Sides:
     """Both modes side by side, in one program."""
-    both = jax.device_get(_both(subject.program, loss, subject.variables, batch, labels))
+    both = jax.device_get(_both(subject.program, loss)(subject.variables, batch, labels))
     seen = _called(both[0])
     common.require_layers(seen, "that was called", "Fix: a `call` that reaches them.")
     overall = {name: float(v) for name, v in both[1].items()}
@@ -152,7 +165,7 @@ def _rows(subject: Subject, given: Iterable[Any]) -> dict[str, _Row]:
     """What each layer sees in batches, [batches, channels]."""
     rows: dict[str, list[_Row]] = {}
     for batch in given:
-        found = jax.device_get(_training(subject.program, subject.variables, batch))
+        found = jax.device_get(_training(subject.program)(subject.variables, batch))
         for path, s in _called(found).items():
             row = _Row(*map(np.asarray, (s.shift + s.offset, s.var, s.entries, s.bad, s.epsilon)))
             rows.setdefault(path, []).append(row)

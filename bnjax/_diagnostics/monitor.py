@@ -149,7 +149,7 @@ class Monitor:
             slot=jnp.zeros((), jnp.int32),
             order=jnp.zeros(len(layers), jnp.float32),
             steps=jnp.full(self.capacity, -1, jnp.int32),
-            rows=jnp.full((self.capacity, _width(layers)), jnp.nan, jnp.float32),
+            rows=jnp.zeros((self.capacity, _width(layers)), jnp.float32),
         )
 
     def update(self, log: MonitorLog, variables: Any, batch: Any) -> MonitorLog:
@@ -194,7 +194,8 @@ class Monitor:
         current = np.flatnonzero(~_is_free(kept.steps, kept.interval))
         found = []
         for slot in current[np.argsort(kept.steps[current])]:
-            parts = np.split(kept.rows[slot], ends[:-1])
+            row = np.where(np.isinf(kept.rows[slot]), np.nan, kept.rows[slot])
+            parts = np.split(row, ends[:-1])
             of_step = [
                 Observation(int(kept.steps[slot]), path, _by_name(part, layer.mean.shape))
                 for (path, layer), part in zip(layers.items(), parts, strict=True)
@@ -274,9 +275,12 @@ def _is_free(steps: Any, interval: Any) -> Any:
 
 
 def _values(layer: Layer, seen: Seen | None) -> jax.Array:
-    """All quantities of all channels, flat; NaN where nothing can be said."""
+    """All quantities of all channels, flat; infinite where nothing can be said.
+
+    Not NaN, which `jax_debug_nans` refuses.
+    """
     if seen is None:
-        return jnp.full(len(QUANTITIES) * layer.mean.size, jnp.nan, jnp.float32)
+        return jnp.full(len(QUANTITIES) * layer.mean.size, jnp.inf, jnp.float32)
     mean, running = seen.shift + seen.offset, layer.var + seen.epsilon
     values = (
         seen.low,
@@ -286,7 +290,7 @@ def _values(layer: Layer, seen: Seen | None) -> jax.Array:
         jnp.log((seen.var + seen.epsilon) / running),
     )
     sound = (seen.entries > 0) & lax.is_finite(mean + seen.var)
-    return jnp.stack([jnp.where(sound, v, jnp.nan).astype(jnp.float32) for v in values]).reshape(-1)
+    return jnp.stack([jnp.where(sound, v, jnp.inf).astype(jnp.float32) for v in values]).reshape(-1)
 
 
 def _place(seen: Seen | None) -> Any:

@@ -30,7 +30,8 @@ class Record:
       distance: Hellinger's between the normal distributions with the moments of either,
         in [0, 1]; mean.
     entries: the effective batch size, of the channel with the fewest.
-    activation: "sigmoid", "tanh" or "relu", where it follows; "" for another or none.
+    activation: "sigmoid", "tanh" or "relu", where it follows; "" for another or none, and for
+      layers inside of lax.scan and the like, which are one record.
     saturated: share of its inputs where its derivative is less than a tenth of its largest,
       None where there is no such activation.
     dead: channels with scale near 0, or whose variance has collapsed.

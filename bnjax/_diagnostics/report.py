@@ -1,6 +1,7 @@
 """The report: training and evaluation side by side, what each layer shows, and why."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from bnjax._diagnostics import activations, causes, evidence, records, tables
 from bnjax._diagnostics.causes import Finding
 from bnjax._diagnostics.distances import Case
 from bnjax._diagnostics.records import Record
-from bnjax._models import kinds
+from bnjax._models import common, kinds
 from bnjax._models.common import Subject
 
 # Training batches whose outputs in both modes are compared.
@@ -46,7 +47,9 @@ class Report:
         """The findings, in words."""
         if not self.findings:
             return "No finding."
-        return "\n".join(f"{f.cause}: {f.sentence}\n    {f.remedy}" for f in self.findings)
+        return "\n".join(
+            f"{f.cause}: {f.sentence}\n{textwrap.indent(f.remedy, '    ')}" for f in self.findings
+        )
 
 
 def report(
@@ -75,7 +78,7 @@ def report(
 
     Args:
       model, variables, call: as for `recalibrate`; the model is called as in evaluation.
-        For reports of one model again and again, `call` must be one function.
+        Both are compiled and kept, so that `call` should be one function for all reports.
       batch: as evaluation gets it, large enough for moments: a hundred examples or more.
       train_batches: about 16 batches as training gets them, in their size and order,
         spread over an epoch. Unaugmented evaluation is compared with them as they come.
@@ -106,14 +109,14 @@ def report(
     Source: the comparison of moments is that of Ioffe & Szegedy (2015), section 3.1, in
     both modes; Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", lists the causes.
     """
-    _require_values(variables=variables, batch=batch, labels=labels)
+    common.require_values("report", variables=variables, batch=batch, labels=labels)
     subject = kinds.subject(model, variables, call)
-    _require_values(model=subject.variables)
+    common.require_values("report", model=subject.variables)
     if steps is not None:
         steps = _checks.positive("steps", steps)
     if loss is not None and labels is None:
         raise ValueError("`labels` must be given where a `loss` is, got None. Fix: labels=...")
-    given = _several(train_batches)
+    given = _several(train_batches, batch)
     both = evidence.sides(subject, batch, labels, loss)
     layers = evidence.statistics(subject.layers)
     known = activations.following(subject, batch)
@@ -134,15 +137,7 @@ def report(
     return Report(found, tuple(causes.findings(case)), both.overall)
 
 
-def _require_values(**arguments: Any) -> None:
-    for name, tree in arguments.items():
-        if not all(map(_checks.is_concrete, jax.tree.leaves(tree))):
-            raise TypeError(
-                f"`report` needs values, got a traced `{name}`. Fix: call it outside of jit."
-            )
-
-
-def _several(batches: Iterable[Any] | None) -> list[Any]:
+def _several(batches: Iterable[Any] | None, batch: Any) -> list[Any]:
     """Those given; so many that they can be compared with each other."""
     if batches is None:
         return []
@@ -151,6 +146,14 @@ def _several(batches: Iterable[Any] | None) -> list[Any]:
         raise ValueError(
             f"`train_batches` must hold at least 2 batches, got {len(given)}. Fix: about 16; a "
             "generator is used up by one call, make it anew."
+        )
+    wanted, *others = {jax.tree.structure(batch): None} | dict.fromkeys(
+        map(jax.tree.structure, given)
+    )
+    if others:
+        raise ValueError(
+            f"`train_batches` must have the structure of `batch`, {wanted}, got {others[0]}. Fix: "
+            "[images for images, labels in loader], or a `call` that takes both."
         )
     return given
 

@@ -42,6 +42,8 @@ def untrained(variables: Any) -> tuple[str, ...]:
         if name in ("mean", "var", "count"):
             layers.setdefault("/".join(place), {})[name] = leaf
     layers = {path: own for path, own in layers.items() if {"mean", "var"} <= own.keys()}
+    # As reports name them: linen's collection is no part of the name.
+    layers = {path.removeprefix("batch_stats/"): own for path, own in layers.items()}
     if not layers:
         raise ValueError(
             "`variables` must hold running statistics, mean and var of each layer, got none in "

@@ -5,9 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bnjax import _checks
+from bnjax._fold import flow
 from bnjax._observe import Mode, Seen
 
 Call = Callable[[Any, Any], Any]
+
+# Compiled programs that are kept, each with the model it was compiled for.
+PROGRAMS = 32
 
 
 class Program(NamedTuple):
@@ -71,7 +76,21 @@ def observed(
     program: Program, mode: Mode, variables: Any, batch: Any
 ) -> tuple[Any, dict[str, Seen]]:
     """The model's output on a batch, and what its layers saw. Pure, to be compiled."""
-    return program.run(program.model, program.call, mode, variables, batch)
+
+    class Trace:
+        """What is jitted in the model is traced anew, as layers are numbered while traced."""
+
+    with flow.trace_of(Trace):
+        return program.run(program.model, program.call, mode, variables, batch)
+
+
+def require_values(function: str, **arguments: Any) -> None:
+    """Refuse what is traced."""
+    for name, tree in arguments.items():
+        if not all(map(_checks.is_concrete, jax.tree.leaves(tree))):
+            raise TypeError(
+                f"`{function}` needs values, got a traced `{name}`. Fix: call it outside of jit."
+            )
 
 
 def fields(layer: Layer) -> dict[str, jax.Array]:

@@ -23,7 +23,9 @@ def subject(model: Any, variables: Any, call: Call | None) -> Subject:
             f"{call!r}. Fix: model=lambda variables, batch: ..."
         )
     layers = {path: Layer(*state[:3]) for path, state in _states(variables).items()}
-    common.require_layers(layers, "in `variables`: no BNState", _FIX)
+    is_linen = isinstance(variables, Mapping) and "batch_stats" in variables
+    fix = "Fix: the linen module itself, not its `apply`." if is_linen else _FIX
+    common.require_layers(layers, "in `variables`: no BNState", fix)
 
     def replaced(statistics: Mapping[str, Layer]) -> Any:
         def replace(path: str, state: Any) -> Any:

@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 
 from bnjax import _observe, _trees
@@ -71,7 +70,7 @@ def _prepared(statistics: Any) -> Any:
     flat = dict(traverse_util.flatten_dict(statistics))
     for path, leaf in list(flat.items()):
         if path[-1] == "mean" and (*path[:-1], "var") in flat:
-            room = jax.tree.map(jnp.zeros_like, leaf)
+            room = jax.tree.map(lambda v: _observe.nothing(v).shift, leaf)
             flat |= {(*path[:-1], PREFIX + name): room for name in Seen._fields}
     return traverse_util.unflatten_dict(flat)
 

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from bnjax import _observe
@@ -48,7 +47,7 @@ def _run(
     model: Any = nnx.merge(graph.value, variables)
     layers = _layers(model)
     for layer in layers.values():
-        room = jnp.zeros_like(layer.mean[...])
+        room = _observe.nothing(layer.mean[...]).shift
         for name in Seen._fields:
             setattr(layer, PREFIX + name, nnx.BatchStat(room))
         cls: Any = type(layer)
