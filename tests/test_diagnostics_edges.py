@@ -33,6 +33,11 @@ GOOD = (params(0), state(0))
         (ValueError, "`labels` must be given where a `loss` is", {"loss": lambda y, x: y.mean()}),
         (ValueError, "`loss` must return a scalar", {"loss": lambda y, x: y, "labels": X}),
         (ValueError, "`steps` must be at least 1", {"steps": 0}),
+        (
+            ValueError,
+            "must have the structure of `batch`.* Fix: .images for images, labels in loader.",
+            {"train_batches": [(X, LABELS)] * 2},
+        ),
     ],
 )
 def test_arguments_are_checked(error, message, arguments):
@@ -141,3 +146,40 @@ def test_float64(x64):
     wide = jax.tree.map(lambda v: v.astype(float) if v.dtype == jnp.float32 else v, GOOD)
     (r,) = diagnostics.report(MODEL, wide, x).records
     assert_close(r.per_channel["var"], x.var(0), dtype=np.float64, n=N)
+
+
+SMALL = nn.jit(Small)
+
+
+class Jitted(nn.Module):
+    """Layers whose traces JAX keeps for the next model that has them."""
+
+    tag: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(True, name="z_first")(x)
+        return SMALL(name="a_second")(x)
+
+
+def test_order_of_calls_behind_jit():
+    variables = Jitted(0).init(jax.random.key(0), X)
+    for tag in range(2):
+        report = diagnostics.report(Jitted(tag), variables, X)
+        names = [record.layer.split("/")[0] for record in report.records]
+        assert names == sorted(names, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_statistics(dtype):
+    """What is counted and summed is not narrow: 70,000 entries are more than float16 holds."""
+    x = np.random.default_rng(0).normal(20, 3, (70_000, 2)).astype(np.float32)
+    narrow = state(0)._replace(
+        mean=jnp.zeros(2, dtype), var=jnp.ones(2, dtype), count=np.zeros(2, int)
+    )
+    model, given = one_layer(), (bnjax.BNParams(None, None), narrow)
+    found = bnjax.recalibrate(model, given, [x[:256], x[256:]])[1]
+    np.testing.assert_array_equal(found.mean, x.mean(0, dtype=np.float64).astype(dtype))
+    np.testing.assert_array_equal(found.var, x.var(0, dtype=np.float64).astype(dtype))
+    (record,) = diagnostics.report(model, given, x).records
+    assert record.entries == 70_000 and np.isfinite(record.mean_gap)

@@ -275,3 +275,15 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_errors(case):
     check_message(*BAD[case])
+
+
+def test_debug_nans():
+    """Channels of which nothing can be said are NaN in the records, and in no program."""
+    model, (params, state) = functional()
+    x = np.array(X)
+    x[0, 1] = np.inf
+    monitor = Monitor(model, examples=None)
+    with jax.debug_nans(True):
+        log = jax.jit(monitor.update)(monitor.init((params, state)), (params, state), x)
+        (record,) = monitor.records(log, (params, state))
+    assert np.isnan(record.per_channel["mean_gap"]).tolist() == [False, True, False]

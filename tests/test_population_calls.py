@@ -148,3 +148,8 @@ def test_errors(name):
 def test_models_that_do_not_fit(model, variables, kind, words):
     with pytest.raises(kind, match=words):
         recalibrate(model, variables, BATCHES)
+
+
+def test_not_within_jit():
+    with pytest.raises(TypeError, match=r"`recalibrate` needs values, got .* Fix: call it outside"):
+        jax.jit(lambda variables: recalibrate(layer, variables, BATCHES))(bnjax.bn_init(C))
