@@ -153,13 +153,13 @@ def test_norm_binds_axis_name():
 
 def test_norm_is_a_pair():
     norm = bnjax.batch_norm(momentum=0.5)
-    init, apply, needs_count, state_type = norm
+    init, apply, needs_count, state_type, always_updates = norm
     params, state = init(3, use_bias=False, param_dtype=jnp.bfloat16)
     assert params.bias is None and params.scale.dtype == jnp.bfloat16
     expected = bnjax.bn_apply(params, state, X, True, momentum=0.5, epsilon=0.1)
     given = apply(params, state, X, train=True, momentum=0.5, epsilon=0.1)
     chex.assert_trees_all_equal(given, expected)
-    assert needs_count is False and state_type is type(state)
+    assert needs_count is False and state_type is type(state) and always_updates is False
 
 
 @pytest.mark.parametrize(
