@@ -93,13 +93,6 @@ def derivatives() -> str:
     return _with_note([_renamed(row, "mean", "mean / deviation") for row in shown], comment)
 
 
-def speed() -> str:
-    rows, comment = read("speed")
-    shown = [row for row in rows if row["mean / deviation"] == "0.5" and row["dtype"] == "float32"]
-    columns = ("shape", "forward", "forward + backward")
-    return _with_note([{name: row[name] for name in columns} for row in shown], comment)
-
-
 def peers() -> str:
     rows, comment = read("peers")
     by_key = {row.pop("key"): row for row in rows}
@@ -220,7 +213,7 @@ def cnn() -> str:
 def gaps() -> str:
     """The failures of examples/train_test_gap.py, with the first remedy of each."""
     shown = []
-    for row in gap_rows():
+    for row in _gap_rows():
         if not row["scenario"]:
             continue
         remedy = {name: row[name] or "-" for name in ("remedy", "after it")}
@@ -229,7 +222,7 @@ def gaps() -> str:
     return markdown(shown)
 
 
-def gap_rows() -> Rows:
+def _gap_rows() -> Rows:
     """All remedies, with both modes after each in one column."""
     rows = _example("train_test_gap", "summary.csv")
     for row in rows:
@@ -263,15 +256,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "derivatives": derivatives,
     "devices": devices,
     "gaps": gaps,
-    "gaps-all": lambda: markdown(gap_rows()),
+    "gaps-all": lambda: markdown(_gap_rows()),
     "mnist": mnist,
     "monitor": plain("monitor"),
     "output": plain("output"),
     "peers": peers,
     "peers-all": plain("peers"),
     "small-batches": plain("small-batches"),
-    "speed": speed,
-    "speed-all": plain("speed"),
+    "speed": plain("speed"),
     "tracing": plain("tracing"),
     "variance": plain("variance"),
 }

@@ -54,7 +54,8 @@ def prepare(
     state = _check_state(state, shape, feature_axes)
     train = _checks.flag("train", train)
     unbiased = _checks.static_flag("unbiased", unbiased)
-    weight = _weight(momentum, state.count)
+    fix = "cumulative(), with the parentheses"
+    weight = scheduled("momentum", momentum, 0.0, 1.0, state.count, what="weights", fix=fix)
     plan = _normalize.Plan(
         _reduce.reduction(axes, axis_name, axis_index_groups),
         x.dtype if dtype is None else _checks.float_dtype("dtype", dtype),
@@ -160,16 +161,20 @@ def _inputs(
     )
 
 
-def _weight(momentum: Any, count: jax.Array) -> Any:
-    """Weight of the old value: as given, or what the schedule says."""
-    if not callable(momentum):
-        return _checks.number("momentum", momentum, 0.0, 1.0, count.shape)
+def scheduled(
+    name: str, value: Any, low: float, high: float, count: jax.Array, *, what: str, fix: str
+) -> Any:
+    """A number in [low, high]: as given, or what the schedule says of the counts.
+
+    `what`: it says, `fix`: a schedule, for those who gave something else.
+    """
+    if not callable(value):
+        return _checks.number(name, value, low, high, count.shape)
     try:
-        weight = momentum(count)
+        found = value(count)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            "`momentum` must be a number or a schedule: array of counts -> weights, got "
-            f"{momentum!r}, which failed: {error} Fix: momentum=cumulative(), with the "
-            "parentheses."
+            f"`{name}` must be a number or a schedule: array of counts -> {what}, got {value!r}, "
+            f"which failed: {error} Fix: {name}={fix}."
         ) from error
-    return _checks.number("momentum(state.count)", weight, 0.0, 1.0, count.shape)
+    return _checks.number(f"{name}(state.count)", found, low, high, count.shape)

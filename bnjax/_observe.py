@@ -7,6 +7,7 @@ shard_map like any state. `observing` is the same for modules.
 
 import functools
 import itertools
+import math
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -53,9 +54,9 @@ class Seen(NamedTuple):
     """What a layer saw, per channel; merged where it was called several times.
 
     The moments of its input; entries that were not finite; calls, and a number that grows
-    from one layer of a program to the next; the layer's numbers; of a
-    sample of y the share of entries beyond the limits of the sigmoid, of tanh and of
-    relu, and the 15th, 50th and 85th percentile. All floating, of shape [C].
+    from one layer of a program to the next; the layer's numbers; of a sample of y the share of
+    entries beyond the limits of the sigmoid, of tanh and of relu, and the 15th, 50th and 85th
+    percentile. All floating, of shape [C].
     """
 
     shift: jax.Array
@@ -68,7 +69,6 @@ class Seen(NamedTuple):
     epsilon: jax.Array
     weight: jax.Array
     scale: jax.Array
-    bias: jax.Array
     sigmoid: jax.Array
     tanh: jax.Array
     relu: jax.Array
@@ -208,7 +208,6 @@ def _looked_at(
         "epsilon": spread(inputs.epsilon.astype(like.dtype)),
         "weight": spread(jnp.asarray(weight, like.dtype)),
         "scale": spread(jnp.ones((), like.dtype) if inputs.scale is None else inputs.scale),
-        "bias": spread(jnp.zeros((), like.dtype) if inputs.bias is None else inputs.bias),
     }
     if mode.sampled and r.axes:
         found |= _sampled(r, y, inputs.mask, mode.percentiles)
@@ -227,11 +226,7 @@ def _sampled(
     r: Reduction, y: jax.Array, mask: jax.Array | None, percentiles: bool
 ) -> dict[str, jax.Array]:
     """Shares and percentiles of entries of y, the mean over devices."""
-    axis = max(r.axes, key=lambda a: y.shape[a])
-    others = 1
-    for a in r.axes:
-        others *= 1 if a == axis else y.shape[a]
-    step = max(1, -(-y.shape[axis] * others // _SAMPLE))
+    step = max(1, -(-math.prod(y.shape[a] for a in r.axes) // _SAMPLE))
     part = jnp.moveaxis(_thinned(y, r.axes, step), r.axes, range(len(r.axes)))
     some = jnp.isfinite(part)
     if mask is not None:
@@ -259,9 +254,9 @@ def _sampled(
 def _thinned(y: jax.Array, axes: tuple[int, ...], step: int) -> jax.Array:
     """About every `step`-th entry of a channel: along the longest axes first."""
     for axis in sorted(axes, key=lambda a: -y.shape[a]):
-        own = min(step, y.shape[axis])
-        y = lax.slice_in_dim(y, 0, None, max(own, 1), axis)
-        step = -(-step // max(own, 1))
+        own = max(1, min(step, y.shape[axis]))
+        y = lax.slice_in_dim(y, 0, None, own, axis)
+        step = -(-step // own)
     return y
 
 

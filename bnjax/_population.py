@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax import _checks, _merge
+from bnjax import _checks, _merge, _observe
 from bnjax._models import common, kinds
 from bnjax._models.common import Layer, Program
 from bnjax._moments import BatchMoments
@@ -169,9 +169,8 @@ def _one_pass(
 
 
 def _empty(mean: Any) -> _Part:
-    zeros = jnp.zeros_like(mean, _checks.compute_dtype(jnp.asarray(mean).dtype))
-    nothing = BatchMoments(zeros, zeros, zeros, zeros)
-    return _Part(nothing, nothing, zeros)
+    nothing = _observe.nothing(mean).moments()
+    return _Part(nothing, nothing, nothing.count)
 
 
 @functools.lru_cache(common.PROGRAMS)

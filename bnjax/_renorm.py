@@ -91,18 +91,11 @@ def renorm(
 
 def _limit(name: str, value: Any, low: float, *, count: jax.Array, dtype: Any) -> jax.Array:
     """A limit: as given, or what the schedule says."""
-    if not callable(value):
-        return jnp.asarray(_checks.number(name, value, low, math.inf, count.shape), dtype)
-    try:
-        limit = value(count)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"`{name}` must be a number or a schedule: array of counts -> limits, got {value!r}, "
-            f"which failed: {error} Fix: {name}=optax.linear_schedule({low}, {low + 2}, 10_000)."
-        ) from error
-    least = _ABOUT_ONE if low == 1 else low
-    limit = _checks.number(f"{name}(state.count)", limit, least, math.inf, count.shape)
-    return lax.max(jnp.asarray(limit, dtype), jnp.asarray(low, dtype))
+    least = _ABOUT_ONE if low == 1 and callable(value) else low
+    fix = f"optax.linear_schedule({low}, {low + 2}, 10_000)"
+    limit = _layer.scheduled(name, value, least, math.inf, count, what="limits", fix=fix)
+    limit = jnp.asarray(limit, dtype)
+    return lax.max(limit, jnp.asarray(low, dtype)) if callable(value) else limit
 
 
 def _compute(

@@ -1,9 +1,10 @@
 """`BatchNorm` for flax.linen: it owns the variables and calls a `Norm`."""
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -175,18 +176,13 @@ def switch(*, moments: Source | None = None, learn: bool | None = None) -> Itera
         yield
 
 
-class _Transform(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Transform:
     """How layers of some classes are computed instead."""
 
     key: Hashable
     classes: tuple[type[nn.Module], ...]
-    function: Callable[[Norm], Norm]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Transform) and self[:2] == other[:2]
-
-    def __hash__(self) -> int:
-        return hash(self[:2])
+    function: Callable[[Norm], Norm] = dataclasses.field(compare=False)
 
     def concerns(self, body: Any) -> bool:
         return any(body is inspect.unwrap(cls.__call__) for cls in self.classes)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -118,7 +117,7 @@ class Monitor:
         call: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         """A monitor as the class describes it."""
-        if _is_nnx(model):
+        if kinds.is_nnx(model):
             raise TypeError(
                 "`model` must be None for nnx modules, which are given in each call, got "
                 f"{type(model).__name__}. Fix: Monitor(); monitor.update(log, model, batch)."
@@ -206,7 +205,7 @@ class Monitor:
     def _subject(self, variables: Any) -> Subject:
         if self.model is not None:
             return kinds.subject(self.model, variables, self.call)
-        if not _is_nnx(variables):
+        if not kinds.is_nnx(variables):
             raise TypeError(
                 "`variables` must be the nnx module itself where the monitor has no model, got "
                 f"{type(variables).__name__}. Fix: Monitor(model), for linen and functions."
@@ -317,8 +316,3 @@ def _check_log(log: Any, layers: Mapping[str, Layer]) -> None:
             f"`log` must be of this model, with rows of shape [capacity, {width}], got "
             f"{jnp.shape(log.rows)}. Fix: monitor.init(variables)."
         )
-
-
-def _is_nnx(model: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(model, nnx.Module)

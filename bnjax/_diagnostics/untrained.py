@@ -36,23 +36,21 @@ def untrained(variables: Any) -> tuple[str, ...]:
 
     Source: the counter is that of torch, `num_batches_tracked`.
     """
-    layers: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        place, name = _trees.place(path)
-        if name in ("mean", "var", "count"):
-            layers.setdefault("/".join(place), {})[name] = leaf
-    layers = {path: own for path, own in layers.items() if {"mean", "var"} <= own.keys()}
     # As reports name them: linen's collection is no part of the name.
-    layers = {path.removeprefix("batch_stats/"): own for path, own in layers.items()}
+    layers = {
+        path.removeprefix("batch_stats/"): (own["mean"], own["var"], own.get("count"))
+        for path, own in _trees.by_layer(variables).items()
+        if {"mean", "var"} <= own.keys()
+    }
     if not layers:
         raise ValueError(
             "`variables` must hold running statistics, mean and var of each layer, got none in "
             f"{jax.tree.structure(variables)}. Fix: the whole variables, 'batch_stats' included."
         )
-    return tuple(path for path, own in layers.items() if _is_untrained(path, **own))
+    return tuple(path for path, own in layers.items() if _is_untrained(path, *own))
 
 
-def _is_untrained(path: str, mean: Any, var: Any, count: Any = None) -> bool:
+def _is_untrained(path: str, mean: Any, var: Any, count: Any) -> bool:
     if not all(_checks.is_concrete(v) for v in (mean, var, count)):
         raise TypeError(
             f"`untrained` needs values, got traced statistics at {path!r}. Fix: call it outside of "

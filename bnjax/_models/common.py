@@ -37,7 +37,7 @@ class Layer(NamedTuple):
 class Subject(NamedTuple):
     """A model with its variables; of the kind "functional", "linen" or "nnx".
 
-    `replaced(variables, statistics)`: the model, or its variables, with new statistics of the
+    `replaced(statistics)`: the model, or its variables, with new statistics of the
     layers given by path.
     """
 
@@ -76,11 +76,8 @@ def observed(
     program: Program, mode: Mode, variables: Any, batch: Any
 ) -> tuple[Any, dict[str, Seen]]:
     """The model's output on a batch, and what its layers saw. Pure, to be compiled."""
-
-    class Trace:
-        """What is jitted in the model is traced anew, as layers are numbered while traced."""
-
-    with flow.trace_of(Trace):
+    # What is jitted in the model is traced anew, as layers are numbered while traced.
+    with flow.trace_of(object()):
         return program.run(program.model, program.call, mode, variables, batch)
 
 

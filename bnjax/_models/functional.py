@@ -65,22 +65,18 @@ def _is_observed(value: Any) -> bool:
 
 
 def _states(tree: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-
-    def note(path: str, state: Any) -> Any:
-        found[path] = state
-        return state
-
-    _map_states(note, tree)
-    return found
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_state)
+    return {_named(path): leaf for path, leaf in leaves if _is_state(leaf)}
 
 
 def _map_states(function: Any, tree: Any) -> Any:
     """`function(path, state)` of all states in a tree."""
 
     def one(path: Any, leaf: Any) -> Any:
-        if not _is_state(leaf):
-            return leaf
-        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        return function(_named(path), leaf) if _is_state(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_state)
+
+
+def _named(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

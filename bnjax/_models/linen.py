@@ -76,12 +76,8 @@ def _prepared(statistics: Any) -> Any:
 
 
 def _layers(statistics: Any) -> dict[str, Layer]:
-    own: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(statistics):
-        place, name = _trees.place(path)
-        own.setdefault("/".join(place), {})[name] = leaf
     return {
         path: Layer(v["mean"], v["var"], v.get("count"))
-        for path, v in own.items()
+        for path, v in _trees.by_layer(statistics).items()
         if {"mean", "var"} <= v.keys()
     }
