@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-cnn train-multihost train-test-gap test test-all test-torch lint format bench clean FORCE
+.PHONY: help train train-cnn train-multihost train-test-gap notebooks test test-all test-torch lint format bench clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,10 @@ train-multihost: $(READY) ## Train on all devices, ARGS="--local-processes 2 ...
 
 train-test-gap: $(READY) ## Plant, find and cure each cause of a gap between training and evaluation
 	$(RUN) examples/train_test_gap.py $(ARGS)
+
+notebooks: $(READY) ## Run the notebooks, and save them with their outputs
+	$(RUN) notebooks/run.py $(ARGS)
+	$(RUN) benchmarks/tables.py
 
 test: $(READY) ## Run the tests
 	$(RUN) -m pytest -n auto -m "not slow" $(ARGS)
@@ -61,7 +65,7 @@ bench: $(READY) ## Compare with other implementations; writes benchmarks/results
 
 clean: ## Delete the environment, caches and builds; runs/ stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
-	find bnjax benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bnjax benchmarks examples notebooks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@if [ -e "$(OURS)" ]; then echo "rm -rf $(VENV)"; rm -rf "$(VENV)"; fi
 
 # --- the environment -------------------------------------------------------

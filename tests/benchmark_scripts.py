@@ -7,6 +7,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 # Here, because only from here on are they found; the tests take them from this module.
+import claims  # noqa: E402
 import collectives  # noqa: E402
 import devices  # noqa: E402
 import hlo  # noqa: E402
@@ -14,4 +15,4 @@ import monitor  # noqa: E402
 import tables  # noqa: E402
 import ways  # noqa: E402
 
-__all__ = ["FOLDER", "collectives", "devices", "hlo", "monitor", "tables", "ways"]
+__all__ = ["FOLDER", "claims", "collectives", "devices", "hlo", "monitor", "tables", "ways"]

@@ -1,0 +1,79 @@
+"""The verdicts on claims: what the notebooks found, and examples/paper_mnist.py on MNIST.
+
+A notebook's cell leaves its verdict in the metadata of its output, so that the saved
+notebook is the only place where the numbers are.
+"""
+
+import json
+import re
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+CLAIMS = range(1, 28)
+VERDICTS = ("holds", "holds partly", "fails")
+
+
+class ClaimError(ValueError):
+    """A saved notebook cannot be used; the message says which and why."""
+
+
+def saved(folder: Path = NOTEBOOKS) -> dict[int, dict[str, Any]]:
+    """All verdicts by the number of their claim: text, measured, verdict, link."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(folder.glob("[0-9]*.ipynb")):
+        for record in of(path):
+            if record["claim"] in found:
+                raise ClaimError(f"{path.name}: claim {record['claim']} has two verdicts.")
+            found[record["claim"]] = record
+    return dict(sorted(found.items()))
+
+
+def of(path: Path) -> Iterator[dict[str, Any]]:
+    """The verdicts of a notebook, in its order; the link is that of the heading above."""
+    heading = ""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        heading = next(iter(headings(cell)), heading)
+        for output in cell.get("outputs", []):
+            record = output.get("metadata", {}).get("bnjax")
+            if record is None:
+                continue
+            if record["verdict"] not in VERDICTS:
+                raise ClaimError(f"{path.name}: {record['verdict']!r} is not of {VERDICTS}.")
+            yield {**record, "link": f"{path.parent.name}/{path.name}#{anchor(heading)}"}
+
+
+def headings(cell: dict[str, Any]) -> list[str]:
+    """Of a cell of text."""
+    if cell["cell_type"] != "markdown":
+        return []
+    return re.findall(r"(?m)^#+ +(.+?) *$", "".join(cell["source"]))
+
+
+def anchor(heading: str) -> str:
+    """Jupyter's name of a heading, as a part of a link."""
+    return urllib.parse.quote(heading.replace(" ", "-"))
+
+
+def rows(at_length: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A row for each claim; `at_length`: what was found on more data, and longer."""
+    found = saved()
+    if missing := sorted(set(CLAIMS) - set(found)):
+        raise ClaimError(f"no notebook has a verdict on the claims {missing}. Run make notebooks.")
+    longer = {int(row["claim"]): row for row in at_length}
+    return [_row(record, longer.get(number)) for number, record in found.items()]
+
+
+def _row(record: dict[str, Any], longer: dict[str, str] | None) -> dict[str, str]:
+    measured, verdict = record["measured"], f"[{record['verdict']}]({record['link']})"
+    if longer is not None:
+        measured += f"; MNIST, at length: {longer['measured']}"
+        if longer["verdict"] != record["verdict"]:
+            verdict += f"; MNIST: {longer['verdict']}"
+    return {
+        "claim": f"{record['claim']}. {record['text']}",
+        "measured": measured,
+        "verdict": verdict,
+    }
