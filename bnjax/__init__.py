@@ -11,6 +11,7 @@ from bnjax._renorm import renorm
 from bnjax._replicas import merge_states
 from bnjax._switch import switch
 from bnjax._types import BNParams, BNState, Moments, Norm
+from bnjax._whiten import WhitenState, whiten
 
 __all__ = [
     "BNParams",
@@ -18,6 +19,7 @@ __all__ = [
     "MicrobatchState",
     "Moments",
     "Norm",
+    "WhitenState",
     "batch_norm",
     "bn_apply",
     "bn_init",
@@ -31,6 +33,7 @@ __all__ = [
     "recalibrate",
     "renorm",
     "switch",
+    "whiten",
 ]
 
 __version__ = "0.1.0"

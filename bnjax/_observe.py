@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _checks, _layer, _merge, _normalize, _placement, _reduce
+from bnjax import _checks, _covariance, _layer, _merge, _normalize, _placement, _reduce
 from bnjax._fold import flow
 from bnjax._moments import BatchMoments, batch_moments
 from bnjax._reduce import Reduction
@@ -40,7 +40,8 @@ class Mode(NamedTuple):
 
     `sampled`: whether to look at single entries of y, too, and, what takes longer, at
     `percentiles`. `marked`: whether to mark y for those who trace its way. `blind`: whether
-    to look at nothing, where only the model's output is wanted.
+    to look at nothing, where only the model's output is wanted. `cov`: whether to look at
+    covariances, of layers that whiten.
     """
 
     train: bool
@@ -48,6 +49,7 @@ class Mode(NamedTuple):
     percentiles: bool = True
     marked: bool = False
     blind: bool = False
+    cov: bool = False
 
 
 class Seen(NamedTuple):
@@ -56,7 +58,8 @@ class Seen(NamedTuple):
     The moments of its input; entries that were not finite; calls, and a number that grows
     from one layer of a program to the next; the layer's numbers; of a sample of y the share of
     entries beyond the limits of the sigmoid, of tanh and of relu, and the 15th, 50th and 85th
-    percentile. All floating, of shape [C].
+    percentile. All floating, of shape [C]; but `cov`, if it is looked at, of a channel with
+    the g channels of its group, [C, g].
     """
 
     shift: jax.Array
@@ -75,6 +78,7 @@ class Seen(NamedTuple):
     low: jax.Array
     median: jax.Array
     high: jax.Array
+    cov: jax.Array | None = None
 
     def moments(self) -> BatchMoments:
         return BatchMoments(*self[:4])
@@ -97,11 +101,19 @@ class Observed:
     count = property(lambda self: self.state.count)
 
 
-def nothing(mean: jax.Array) -> Seen:
-    """Before the first call of a layer."""
+def nothing(mean: jax.Array, cov: jax.Array | None = None) -> Seen:
+    """Before the first call of a layer; of one that whitens, where its covariances are given."""
     # Counts and sums, which narrow statistics cannot hold.
     zeros = jnp.zeros_like(mean, _checks.compute_dtype(jnp.result_type(mean)))
-    return Seen(*[zeros] * len(Seen._fields))
+    found = Seen(*[zeros] * (len(Seen._fields) - 1))
+    if cov is None:
+        return found
+    return found._replace(cov=jnp.zeros((*zeros.shape, cov.shape[-1]), zeros.dtype))
+
+
+def room(state: Any, mode: Mode) -> Seen:
+    """For what is seen of a layer of this state."""
+    return nothing(state.mean, getattr(state, "cov", None) if mode.cov else None)
 
 
 def observe(
@@ -123,6 +135,8 @@ def observe(
     batch = batch_moments(r, inputs.x, inputs.mask, inputs.mean)
     number = next(_numbers)
     seen = _looked_at(call, inputs, batch, y, mode, number)
+    if observed.seen.cov is not None:
+        seen = seen._replace(cov=_cov(call, batch, state.cov.shape))
     if mode.marked:
         y = flow.mark(y, number, "out")
     before = _placement.as_features(observed.seen, inputs.x, r.axes)
@@ -134,11 +148,15 @@ def observe(
 def observing(norm: Norm, mode: Mode) -> Norm:
     """The norm for modules: its state has what is seen beside the norm's own fields."""
     given: Any = norm.state
-    kind, own = _flat(given), len(given._fields)
+    with_cov = mode.cov and "cov" in given._fields
+    kind, own = _flat(given, with_cov), len(given._fields)
+
+    def flat(state: Any, seen: Seen) -> Any:
+        return kind(*state, *(seen if with_cov else seen[:-1]))
 
     def init(features: Any, **options: Any) -> tuple[BNParams, Any]:
         params, state = norm.init(features, **options)
-        return params, kind(*state, *nothing(state.mean))
+        return params, flat(state, room(state, mode))
 
     def apply(
         params: BNParams, state: Any, x: jax.Array, train: Any, **options: Any
@@ -151,14 +169,15 @@ def observing(norm: Norm, mode: Mode) -> Norm:
                 f"which notes what it sees in the state, got one that returned {type(observed)}. "
                 "Fix: a function that calls bn_apply with the state it is given."
             )
-        return y, kind(*observed.state, *observed.seen)
+        return y, flat(observed.state, observed.seen)
 
     return Norm(init, apply, norm.needs_count, kind, always_updates=True)
 
 
 @functools.cache
-def _flat(state: Any) -> Any:
-    fields = [*state._fields, *(PREFIX + name for name in Seen._fields)]
+def _flat(state: Any, with_cov: bool) -> Any:
+    seen = Seen._fields if with_cov else Seen._fields[:-1]
+    fields = [*state._fields, *(PREFIX + name for name in seen)]
     return namedtuple(f"Observed{state.__name__}", fields)  # made at run time
 
 
@@ -183,6 +202,9 @@ def _added(old: Seen, batch: BatchMoments, new: Seen) -> Seen:
     whole = _merge.with_batch(old.moments(), batch)
     calls = old.calls + 1
     new = new._replace(bad=old.bad + new.bad)
+    if old.cov is not None and new.cov is not None:
+        cov = _covariance.with_batch(old.moments(), old.cov, batch, new.cov)
+        new = new._replace(cov=cov)
     for name in ("sigmoid", "tanh", "relu"):
         before, now = getattr(old, name), getattr(new, name)
         new = new._replace(**{name: before + (now - before) / calls})
@@ -212,6 +234,18 @@ def _looked_at(
     if mode.sampled and r.axes:
         found |= _sampled(r, y, inputs.mask, mode.percentiles)
     return nothing(like)._replace(**found)
+
+
+def _cov(call: _layer.Call, batch: BatchMoments, shape: tuple[int, ...]) -> jax.Array:
+    """Covariances of a channel with those of its group, of one call."""
+    r, inputs = call.static.plan.reduction, call.inputs
+    groups = _covariance.groups(inputs.x.ndim, r.axes, shape)
+    x = groups.cut(inputs.x)
+    mask = None if inputs.mask is None else groups.cut(inputs.mask)
+    r = r._replace(axes=groups.reduced(inputs.x.ndim))
+    near = _placement.as_features(groups.vectors().cut(batch.shift), x, r.axes)
+    found = _covariance.covariances(r, x, _placement.as_entries(mask, x), near)
+    return found.cov.reshape(*batch.var.shape, shape[-1])
 
 
 def _bad(r: Reduction, inputs: _normalize.Inputs) -> jax.Array:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax import _checks, _merge, _observe
+from bnjax import _checks, _covariance, _merge, _observe
 from bnjax._models import common, kinds
 from bnjax._models.common import Layer, Program
 from bnjax._moments import BatchMoments
-from bnjax._observe import Mode
+from bnjax._observe import Mode, Seen
 
 Method = Literal["pooled", "average"]
 
@@ -39,7 +39,8 @@ def recalibrate(
     pooled: mean = sum(n_b * mean_b) / n, var = sum(n_b * (var_b + (mean_b - mean)**2)) / n,
     the moments of all entries of all batches, the variance of the means included.
     average: mean = E_b[mean_b], var = E_b[n_b / (n_b - 1) * var_b], Algorithm 2 of the
-    paper. `count`, where it is kept, becomes the number of batches.
+    paper. `count`, where it is kept, becomes the number of batches. Covariances of layers
+    that whiten are found as variances are.
 
     For weights whose running statistics are not their own: after averaging weights (EMA,
     SWA), after gradient accumulation, for data of a new domain, or for evaluation more
@@ -105,7 +106,7 @@ def recalibrate(
             subject = kinds.subject(model, variables, call) if i else given
             words = f"statistics, pass {i + 1} of {passes}" if passes > 1 else "statistics"
             with _shown(batches, words) if progress else contextlib.nullcontext(batches) as shown:
-                found = _one_pass(subject, shown, method, Mode(train=i == 0), tolerance)
+                found = _one_pass(subject, shown, method, Mode(train=i == 0, cov=True), tolerance)
             replaced = subject.replaced({path: layer for path, (layer, _) in found.items()})
             variables = variables if replaced is model else replaced
     except BaseException:
@@ -128,14 +129,21 @@ def _check_batches(batches: Any, passes: int) -> None:
         )
 
 
+class _Moments(NamedTuple):
+    """Of a layer; of one that whitens with covariances, of a channel with those of its group."""
+
+    plain: BatchMoments
+    cov: jax.Array | None
+
+
 class _Part(NamedTuple):
     """Of one layer: moments of the batches until they were last compared, and of those since.
 
     `batches`: how many were accepted.
     """
 
-    before: BatchMoments
-    since: BatchMoments
+    before: _Moments
+    since: _Moments
     batches: jax.Array
 
 
@@ -148,7 +156,7 @@ def _one_pass(
 ) -> dict[str, tuple[Layer, jax.Array]]:
     """By path, the statistics, and where they come from the data."""
     observe = _observer(subject.program, mode)
-    parts = {path: _empty(layer.mean) for path, layer in subject.layers.items()}
+    parts = {path: _empty(layer) for path, layer in subject.layers.items()}
     number = 0
     for batch in batches:
         seen = observe(subject.variables, batch)
@@ -168,66 +176,90 @@ def _one_pass(
     return {path: _statistics(method, layer, parts[path]) for path, layer in subject.layers.items()}
 
 
-def _empty(mean: Any) -> _Part:
-    nothing = _observe.nothing(mean).moments()
-    return _Part(nothing, nothing, nothing.count)
+def _empty(layer: Layer) -> _Part:
+    nothing = _seen(_observe.nothing(layer.mean, layer.cov))
+    return _Part(nothing, nothing, nothing.plain.count)
+
+
+def _seen(seen: Seen) -> _Moments:
+    return _Moments(seen.moments(), seen.cov)
 
 
 @functools.lru_cache(common.PROGRAMS)
-def _observer(program: Program, mode: Mode) -> Callable[[Any, Any], dict[str, BatchMoments]]:
+def _observer(program: Program, mode: Mode) -> Callable[[Any, Any], dict[str, _Moments]]:
     """(variables, batch) -> the moments that layers saw, compiled.
 
     Apart from what is done with them: where sums are placed may change after the first batch,
     and one small program does for all layers of a size.
     """
 
-    def observe(variables: Any, batch: Any) -> dict[str, BatchMoments]:
+    def observe(variables: Any, batch: Any) -> dict[str, _Moments]:
         _, seen = common.observed(program, mode, variables, batch)
-        return {path: layer.moments() for path, layer in seen.items()}
+        return {path: _seen(layer) for path, layer in seen.items()}
 
     return jax.jit(observe)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _with(method: Method, part: _Part, batch: BatchMoments) -> _Part:
+def _with(method: Method, part: _Part, found: _Moments) -> _Part:
     """One more batch, in the channels where something can be learned from it."""
+    batch, cov = found
     finite = lax.is_finite(batch.shift + batch.offset) & lax.is_finite(batch.var)
     sound = finite & (batch.count >= (2 if method == "average" else 1))
+    if cov is not None:
+        sound = _in_all_of_a_group(sound & lax.is_finite(cov).all(-1), cov.shape[-1])
+        cov = jnp.where(sound[..., None], cov, 0)
     new = BatchMoments(*(jnp.where(sound, v, 0) for v in batch))
     if method == "average":
-        unbiased = new.var * (new.count / jnp.maximum(new.count - 1, 1))
-        new = new._replace(var=unbiased, count=sound.astype(new.count.dtype))
+        correction = new.count / jnp.maximum(new.count - 1, 1)
+        new = new._replace(var=new.var * correction, count=sound.astype(new.count.dtype))
+        cov = None if cov is None else cov * correction[..., None]
     accepted = part.batches + sound.astype(part.batches.dtype)
-    return _Part(part.before, _union(method, part.since, new), accepted)
+    return _Part(part.before, _union(method, part.since, _Moments(new, cov)), accepted)
 
 
-def _union(method: Method, one: BatchMoments, other: BatchMoments) -> BatchMoments:
+def _in_all_of_a_group(condition: jax.Array, size: int) -> jax.Array:
+    whole = condition.reshape(-1, size).all(1, keepdims=True)
+    return jnp.broadcast_to(whole, (whole.size, size)).reshape(condition.shape)
+
+
+def _union(method: Method, one: _Moments, other: _Moments) -> _Moments:
     """Pooled, or the averages of means and of variances, where counts are those of batches."""
-    whole = _merge.with_batch(one, other)
+    whole, cov = _merge.with_batch(one.plain, other.plain), None
     if method == "pooled":
-        return whole
-    share = other.count / jnp.maximum(whole.count, 1)
-    return whole._replace(var=one.var + share * (other.var - one.var))
+        if one.cov is not None and other.cov is not None:
+            cov = _covariance.with_batch(one.plain, one.cov, other.plain, other.cov)
+        return _Moments(whole, cov)
+    share = other.plain.count / jnp.maximum(whole.count, 1)
+    var = one.plain.var + share * (other.plain.var - one.plain.var)
+    if one.cov is not None and other.cov is not None:
+        cov = one.cov + share[..., None] * (other.cov - one.cov)
+    return _Moments(whole._replace(var=var), cov)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compared(method: Method, part: _Part) -> _Part:
     """All batches so far become the first half of those of the next comparison."""
-    nothing = BatchMoments(*map(jnp.zeros_like, part.since))
+    nothing = jax.tree.map(jnp.zeros_like, part.since)
     return _Part(_union(method, part.before, part.since), nothing, part.batches)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _statistics(method: Method, given: Layer, part: _Part) -> tuple[Layer, jax.Array]:
     """What the layer gets: what it had, in channels that nothing was learned about."""
-    found = _union(method, part.before, part.since).plain()
+    moments, cov = _union(method, part.before, part.since)
+    found = moments.plain()
     learned = found.count >= (1 if method == "average" else 2)
 
     def new(value: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(learned, value.astype(old.dtype), old)
 
     count = None if given.count is None else new(part.batches, given.count)
-    return Layer(new(found.mean, given.mean), new(found.var, given.var), count), learned
+    if cov is not None and given.cov is not None:
+        old = given.cov.reshape(cov.shape)
+        cov = jnp.where(learned[..., None], cov.astype(old.dtype), old).reshape(given.cov.shape)
+    layer = Layer(new(found.mean, given.mean), new(found.var, given.var), count, cov)
+    return layer, learned
 
 
 @jax.jit
@@ -236,7 +268,7 @@ def _distance(part: _Part) -> jax.Array:
 
     Channels where both are empty are not compared.
     """
-    one, other = part.before, part.since
+    one, other = part.before.plain, part.since.plain
     apart = one.shift - other.shift + one.offset - other.offset
     # Of a constant channel, mean and variance are rounding.
     rounding = 4 * jnp.finfo(one.var.dtype).eps * (jnp.abs(one.shift) + jnp.abs(other.shift))

@@ -1,5 +1,6 @@
 """Replicas that were trained without synchronization, merged into one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import _checks, _merge, _reduce, _trees
+from bnjax import _checks, _covariance, _merge, _reduce, _trees
 from bnjax._microbatches import MicrobatchState
 from bnjax._moments import BatchMoments
 
@@ -22,12 +23,12 @@ def merge_states(states: Any, *, weights: Sequence[float] | jax.Array | None = N
     variances lacks the variance of the means. count = sum(count_i). A channel that a
     replica never trained (count 0, where counts are kept) takes no part, unless none
     has trained it. Of `microbatches`, those of unfinished steps are merged by their
-    counts.
+    counts; of `whiten`, covariances as variances.
 
     Args:
       states: a list of the replicas' states, or one state whose arrays have a leading
         axis of replicas, as pmap and vmap return it. A state is a `BNState`, a
-        `MicrobatchState`, or a tree with statistics of their names, as linen's
+        `MicrobatchState`, a `WhitenState`, or a tree with statistics of their names, as linen's
         batch_stats and nnx.state(model, nnx.BatchStat) are.
       weights: one number per replica, at least 0, as the number of examples that it
         saw, in a list or array; equal by default.
@@ -116,7 +117,7 @@ def _shares(weights: Any, replicas: int) -> Any:
 def _checked(layer: str, own: dict[str, Any]) -> dict[str, jax.Array]:
     """The statistics of one layer as arrays, with a count."""
     names, needed = set(own), {"mean", "var"}
-    if not needed <= names or names - needed - {"count"} not in (set(), {*_PARTS}):
+    if not needed <= names or names - needed - {"count"} not in (set(), {"cov"}, {*_PARTS}):
         raise ValueError(
             "`states` must hold running statistics, mean, var and perhaps count for each layer, "
             f"got {sorted(names)} at {layer or 'its top'!r}. Fix: give batch_stats, or "
@@ -130,14 +131,35 @@ def _checked(layer: str, own: dict[str, Any]) -> dict[str, jax.Array]:
         array = (
             _checks.counter(label, value, shape) if counts else _checks.float_array(label, value)
         )
-        if array.shape != shape:
+        if name == "cov":
+            _check_cov(label, array.shape, shape)
+        elif array.shape != shape:
             raise ValueError(f"`{label}` must have the shape of mean, {shape}, got {array.shape}.")
         found[name] = array
     return found
 
 
+def _check_cov(label: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    size = found[-1]
+    if (
+        found[:1] != shape[:1]
+        or found[-2:] != (size, size)
+        or math.prod(found) != size * math.prod(shape)
+    ):
+        raise ValueError(
+            f"`{label}` must have a matrix for each group of the channels of mean, {shape}, got "
+            f"{found}."
+        )
+
+
 def _merge_layer(
-    shares: Any, *, mean: jax.Array, var: jax.Array, count: jax.Array, **parts: jax.Array
+    shares: Any,
+    *,
+    mean: jax.Array,
+    var: jax.Array,
+    count: jax.Array,
+    cov: jax.Array | None = None,
+    **parts: jax.Array,
 ) -> dict[str, jax.Array]:
     """The statistics of one layer; [replicas, C] to [C]."""
     wide, spread = _reduce.promoted(mean), _reduce.promoted(var)
@@ -146,12 +168,17 @@ def _merge_layer(
     counted = share > 0
     taught = counted & (count > 0)
     share = jnp.where(taught | ~taught.any(0, keepdims=True), share, 0)
-    whole = _merge.union(BatchMoments(wide, jnp.zeros_like(wide), spread, share)).plain()
+    every = BatchMoments(wide, jnp.zeros_like(wide), spread, share)
+    whole = _merge.union(every).plain()
     merged = {
         "mean": whole.mean.astype(mean.dtype),
         "var": whole.var.astype(var.dtype),
         "count": _total(jnp.where(counted, count, 0)),
     }
+    if cov is not None:
+        of_channels = _reduce.promoted(cov).reshape(*mean.shape, cov.shape[-1])
+        found = _covariance.merged(every, of_channels)
+        merged["cov"] = found.astype(cov.dtype).reshape(cov.shape[1:])
     if parts:
         *moments, steps = (parts[name] for name in _PARTS)
         merged |= zip(_PARTS, (*_merge.union(BatchMoments(*moments)), steps.max(0)), strict=True)

@@ -287,10 +287,13 @@ def _statistics(
         _require(layer, initial, inference)
     variables = {name: layer.variable(_STATS, name, init) for name, init in initial.items()}
     for name, variable in variables.items():
-        if jnp.shape(variable.value) != shape:
+        if (found := jnp.shape(variable.value)) == shape:
+            continue
+        expected = jax.eval_shape(initial[name]).shape  # a norm may have more than vectors
+        if found != expected:
             raise ValueError(
                 f"`{'/'.join((_STATS, *layer.path, name))}` must have the shape of the feature "
-                f"axes of `x`, {shape}, got {jnp.shape(variable.value)}. Fix: the variables of "
+                f"axes of `x`, {expected}, got {found}. Fix: the variables of "
                 f"this layer, or the right `axis`, which is {layer.axis}."
             )
     return variables

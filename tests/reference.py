@@ -183,3 +183,85 @@ def _prepare(
         weight=_vector(weight, mean),
         correction=_vector(correction, mean),
     ), shape
+
+
+class Whitened(NamedTuple):
+    """y and the new state."""
+
+    y: Any
+    mean: Any
+    var: Any
+    cov: Any
+
+
+class OfWhitened(NamedTuple):
+    """Gradients; that by the variances is the diagonal of that by the covariances."""
+
+    x: Any
+    scale: Any
+    bias: Any
+    mean: Any
+    cov: Any
+
+
+def whiten(params, state, x, mask, dy, of_state, *, train=True, momentum=0.99, epsilon=1e-5):
+    """y and the new state; and gradients from cotangents of y and of the new statistics or None.
+
+    For Z = A^(-1/2), S = A^(1/2) the derivative solves A dZ S + S dZ A = -dA: in the eigenbasis
+    dZ_ij = -dA_ij / (s_i s_j (s_i + s_j)), a symmetric map, which is its own adjoint.
+    """
+    size = state.cov.shape[-1]
+    parts = []
+    for i in range(len(state.cov)):
+        own = slice(i * size, (i + 1) * size)
+        vectors = [np.asarray(v, np.float64)[..., own] for v in (*params, *state[:2], x, dy)]
+        cotangents = None
+        if of_state is not None:
+            cotangents = [
+                np.float64(v) for v in (of_state[0][own], of_state[1][own], of_state[2][i])
+            ]
+        given = np.float64(state.cov[i])
+        parts.append(_group(*vectors, given, mask, cotangents, train, momentum, epsilon))
+    outputs, gradients = zip(*parts, strict=True)
+    joined = [np.concatenate(v, -1) for v in list(zip(*outputs, strict=True))[:3]]
+    rest = [np.concatenate(v, -1) for v in list(zip(*gradients, strict=True))[:4]]
+    return (
+        Whitened(*joined, np.stack([o.cov for o in outputs])),
+        OfWhitened(*rest, np.stack([g.cov for g in gradients])),
+    )
+
+
+def _group(scale, bias, mean, var, x, dy, cov, mask, of_state, train, momentum, epsilon):
+    keep = np.ones((len(x), 1), bool) if mask is None else mask
+    direct = keep | np.isfinite(x)
+    x = np.where(direct, x, 0)
+    n, old = keep.sum(), cov - np.diag(np.diag(cov)) + np.diag(var)
+    m, c = mean, old
+    if train:
+        m = x[keep[:, 0]].mean(0)
+        m = m + (x[keep[:, 0]] - m).mean(0)
+        c = np.cov(x[keep[:, 0]] - m, rowvar=False, ddof=0).reshape(len(m), -1)
+    values, vectors = np.linalg.eigh(c + epsilon * np.eye(len(m)))
+    s = np.sqrt(values)
+    root = (vectors / s) @ vectors.T
+    z = x - m
+    out = Whitened(
+        (z @ root) * scale + bias,
+        momentum * mean + (1 - momentum) * m if train else mean,
+        momentum * var + (1 - momentum) * np.diag(c) if train else var,
+        momentum * cov + (1 - momentum) * c if train else cov,
+    )
+    weighted = dy * scale
+    of_root = weighted.T @ z
+    rotated = vectors.T @ ((of_root + of_root.T) / 2) @ vectors
+    of_cov = -vectors @ (rotated / (s * s[:, None] * (s + s[:, None]))) @ vectors.T
+    dx, of_mean = weighted @ root, -(weighted @ root).sum(0)
+    grads = OfWhitened(dx, (dy * (z @ root)).sum(0), dy.sum(0), of_mean, of_cov)
+    if not train:
+        return out, grads
+    if of_state is not None:
+        of_mean = of_mean + (1 - momentum) * of_state[0]
+        of_cov = of_cov + (1 - momentum) * (np.diag(of_state[1]) + of_state[2])
+    dx = dx * direct
+    dx = dx + keep * (of_mean / n + z @ (of_cov + of_cov.T) / n)
+    return out, grads._replace(x=dx)

@@ -36,6 +36,12 @@ NORMS = {
         bnjax.renorm(),
         but=("shift_invariance", "scale_invariance", "output_has_the_moments_of_its_parameters"),
     ),
+    # Invariant to one scale for all channels of a group, which are whitened together; and
+    # products of matrices round otherwise in smaller batches.
+    "whiten": Row(
+        bnjax.whiten(3),
+        but=("gradient_is_orthogonal", "float64", "inference_is_for_each_entry"),
+    ),
 }
 
 

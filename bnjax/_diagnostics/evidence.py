@@ -87,7 +87,7 @@ def _training(program: Program) -> Callable[[Any, Any], dict[str, jax.Array]]:
 
 def _stacked(seen: dict[str, Seen]) -> dict[str, jax.Array]:
     """One array a layer, as each that comes from the device takes its time."""
-    return {path: jnp.stack(s) for path, s in seen.items()}
+    return {path: jnp.stack(s[:-1]) for path, s in seen.items()}
 
 
 def sides(subject: Subject, batch: Any, labels: Any = None, loss: Loss | None = None) -> Sides:

@@ -127,6 +127,8 @@ def norm_map(module: Any, variables: Mapping[str, Any]) -> Map | str:
     norm = norm_of(module)
     if norm is not None and norm.always_updates:
         return "its running statistics learn at inference, and would be lost"
+    if norm is not None and _mixes(norm, mean.shape):
+        return "its `norm` whitens groups of channels, which no scale and shift per channel do"
     try:
         if norm is None:
             affine = kernels.affine(params, state, epsilon=module.epsilon)
@@ -135,6 +137,12 @@ def norm_map(module: Any, variables: Mapping[str, Any]) -> Map | str:
     except ValueError as error:
         return str(error)
     return Map(affine, _deviations(affine, params, mean))
+
+
+def _mixes(norm: Norm, shape: tuple[int, ...]) -> bool:
+    """Whether channels have covariances with others."""
+    cov = getattr(jax.eval_shape(lambda: norm.init(shape)[1]), "cov", None)
+    return cov is not None and cov.shape[-1] > 1
 
 
 def _deviations(a: Affine, params: BNParams, mean: Any) -> float | None:

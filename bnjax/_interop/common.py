@@ -164,6 +164,12 @@ def checked(layer: Any) -> Layer:
             f"`layer` must be an interop.Layer, got {type(layer).__name__}. "
             "Fix: interop.Layer(params, state, options)."
         )
+    if len(layer.state) != 3:
+        raise TypeError(
+            f"`layer.state` must be a BNState(mean, var, count), got {type(layer.state).__name__}, "
+            "which other frameworks have no layer for. Fix: BNState(*state[:3]), where the rest "
+            "may be lost."
+        )
     (scale, bias), (mean, var, count), options = layer
     unknown = sorted(set(options).difference(_OPTIONS))
     if unknown:

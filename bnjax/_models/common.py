@@ -27,11 +27,12 @@ class Program(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The running statistics of a layer; `count` where one is kept."""
+    """The running statistics of a layer; `count` and `cov` where they are kept."""
 
     mean: jax.Array
     var: jax.Array
     count: jax.Array | None  # type: ignore[assignment]  # hides tuple.count, on purpose
+    cov: jax.Array | None = None
 
 
 class Subject(NamedTuple):

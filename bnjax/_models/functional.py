@@ -11,6 +11,7 @@ from bnjax._models import common
 from bnjax._models.common import Call, Layer, Program, Static, Subject
 from bnjax._observe import Mode, Observed, Seen
 from bnjax._types import BNState
+from bnjax._whiten import WhitenState
 
 _FIX = "Fix: variables=(params, state) for model(variables, batch) -> (output, state)."
 
@@ -22,7 +23,7 @@ def subject(model: Any, variables: Any, call: Call | None) -> Subject:
             "`call` must be None for a functional model, which is called as it is, got "
             f"{call!r}. Fix: model=lambda variables, batch: ..."
         )
-    layers = {path: Layer(*state[:3]) for path, state in _states(variables).items()}
+    layers = {path: _layer(state) for path, state in _states(variables).items()}
     is_linen = isinstance(variables, Mapping) and "batch_stats" in variables
     fix = "Fix: the linen module itself, not its `apply`." if is_linen else _FIX
     common.require_layers(layers, "in `variables`: no BNState", fix)
@@ -41,7 +42,7 @@ def _run(
     model: Static, call: Call | None, mode: Mode, variables: Any, batch: Any
 ) -> tuple[Any, dict[str, Seen]]:
     def wrap(path: str, state: Any) -> Observed:
-        return Observed(state, _observe.nothing(state.mean), mode, path)
+        return Observed(state, _observe.room(state, mode), mode, path)
 
     result = model.value(_map_states(wrap, variables), batch)
     found: dict[str, Seen] = {}
@@ -57,7 +58,11 @@ def _run(
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, (BNState, MicrobatchState))
+    return isinstance(value, (BNState, MicrobatchState, WhitenState))
+
+
+def _layer(state: Any) -> Layer:
+    return Layer(state.mean, state.var, state.count, getattr(state, "cov", None))
 
 
 def _is_observed(value: Any) -> bool:

@@ -45,7 +45,7 @@ def subject(model: nn.Module, variables: Any, call: Call | None) -> Subject:
 def _run(
     model: Static, call: Call | None, mode: Mode, variables: Any, batch: Any
 ) -> tuple[Any, dict[str, Seen]]:
-    statistics = _prepared(variables[_STATS])
+    statistics = _prepared(variables[_STATS], mode)
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         nonlocal statistics
@@ -65,19 +65,22 @@ def _run(
     return y, {path: Seen(**own) for path, own in found.items()}
 
 
-def _prepared(statistics: Any) -> Any:
+def _prepared(statistics: Any, mode: Mode) -> Any:
     """The collection with room for what is seen, like the mean of each layer."""
     flat = dict(traverse_util.flatten_dict(statistics))
     for path, leaf in list(flat.items()):
         if path[-1] == "mean" and (*path[:-1], "var") in flat:
-            room = jax.tree.map(lambda v: _observe.nothing(v).shift, leaf)
-            flat |= {(*path[:-1], PREFIX + name): room for name in Seen._fields}
+            cov = jax.tree.leaves(flat.get((*path[:-1], "cov")) if mode.cov else None)
+            for name in Seen._fields if cov else Seen._fields[:-1]:
+                flat[*path[:-1], PREFIX + name] = jax.tree.map(
+                    lambda v, name=name, cov=cov: getattr(_observe.nothing(v, *cov), name), leaf
+                )
     return traverse_util.unflatten_dict(flat)
 
 
 def _layers(statistics: Any) -> dict[str, Layer]:
     return {
-        path: Layer(v["mean"], v["var"], v.get("count"))
+        path: Layer(v["mean"], v["var"], v.get("count"), v.get("cov"))
         for path, v in _trees.by_layer(statistics).items()
         if {"mean", "var"} <= v.keys()
     }

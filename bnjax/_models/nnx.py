@@ -22,7 +22,7 @@ def subject(model: nnx.Module, variables: Any, call: Call | None) -> Subject:
             f"{type(variables).__name__}."
         )
     layers = {
-        path: Layer(m.mean[...], m.var[...], m.count[...] if hasattr(m, "count") else None)
+        path: Layer(m.mean[...], m.var[...], _value(m, "count"), _value(m, "cov"))
         for path, m in _layers(model).items()
     }
     common.require_layers(layers, f"in {type(model).__name__}", "Fix: bnjax.nnx.BatchNorm.")
@@ -47,14 +47,15 @@ def _run(
     model: Any = nnx.merge(graph.value, variables)
     layers = _layers(model)
     for layer in layers.values():
-        room = _observe.nothing(layer.mean[...]).shift
-        for name in Seen._fields:
-            setattr(layer, PREFIX + name, nnx.BatchStat(room))
+        room = _observe.nothing(layer.mean[...], _value(layer, "cov") if mode.cov else None)
+        for name, value in room._asdict().items():
+            if value is not None:
+                setattr(layer, PREFIX + name, nnx.BatchStat(value))
         cls: Any = type(layer)
         object.__setattr__(layer, "__class__", _observing(cls, mode))
     y = model(batch) if call is None else call(model, batch)
     return y, {
-        path: Seen(*(getattr(layer, PREFIX + name)[...] for name in Seen._fields))
+        path: Seen(*(_value(layer, PREFIX + name) for name in Seen._fields))
         for path, layer in layers.items()
     }
 
@@ -67,6 +68,11 @@ def _observing(cls: Any, mode: Mode) -> Any:
         return _observe.observing(cls._norm(self), mode)
 
     return type(cls.__name__, (cls,), {"_norm": norm})
+
+
+def _value(layer: Any, name: str) -> Any:
+    """Of a variable; None where there is none."""
+    return getattr(layer, name)[...] if hasattr(layer, name) else None
 
 
 def _layers(model: nnx.Module) -> dict[str, Any]:
