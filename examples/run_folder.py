@@ -6,6 +6,7 @@
     curves.png      their plot
     folded.csv      the folded network beside the unfolded one (train_cnn.py)
     gaps.csv, summary.csv    networks with a planted failure (train_test_gap.py)
+    claims.csv      verdicts; a folder for each experiment, with further tables (paper_mnist.py)
 
 Every file is replaced atomically, and the checkpoint is the only thing that a
 resumed run reads, so the process may be killed at any moment. Of several
