@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-cnn train-multihost train-test-gap notebooks test test-all test-torch lint format bench clean FORCE
+.PHONY: help train train-cnn train-multihost train-test-gap paper notebooks test test-all test-torch lint format bench clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ train-multihost: $(READY) ## Train on all devices, ARGS="--local-processes 2 ...
 
 train-test-gap: $(READY) ## Plant, find and cure each cause of a gap between training and evaluation
 	$(RUN) examples/train_test_gap.py $(ARGS)
+
+paper: $(READY) ## Run the long experiments, ARGS="--data mnist --data-dir DIR" or "--scale 0.01"
+	$(RUN) examples/paper_mnist.py $(ARGS)
 
 notebooks: $(READY) ## Run the notebooks, and save them with their outputs
 	$(RUN) notebooks/run.py $(ARGS)

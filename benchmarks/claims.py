@@ -14,6 +14,7 @@ from typing import Any
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 CLAIMS = range(1, 28)
 VERDICTS = ("holds", "holds partly", "fails")
+AT_LENGTH = "examples/README.md#paper_mnistpy"
 
 
 class ClaimError(ValueError):
@@ -58,22 +59,16 @@ def anchor(heading: str) -> str:
 
 
 def rows(at_length: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A row for each claim; `at_length`: what was found on more data, and longer."""
+    """A row for each claim; `at_length`: verdicts on more data, after longer training."""
     found = saved()
     if missing := sorted(set(CLAIMS) - set(found)):
         raise ClaimError(f"no notebook has a verdict on the claims {missing}. Run make notebooks.")
-    longer = {int(row["claim"]): row for row in at_length}
-    return [_row(record, longer.get(number)) for number, record in found.items()]
-
-
-def _row(record: dict[str, Any], longer: dict[str, str] | None) -> dict[str, str]:
-    measured, verdict = record["measured"], f"[{record['verdict']}]({record['link']})"
-    if longer is not None:
-        measured += f"; MNIST, at length: {longer['measured']}"
-        if longer["verdict"] != record["verdict"]:
-            verdict += f"; MNIST: {longer['verdict']}"
-    return {
-        "claim": f"{record['claim']}. {record['text']}",
-        "measured": measured,
-        "verdict": verdict,
-    }
+    longer = {int(row["claim"]): row["verdict"] for row in at_length}
+    shown = []
+    for number, record in found.items():
+        verdict = f"[{record['verdict']}]({record['link']})"
+        if number in longer:
+            verdict += f"; [MNIST]({AT_LENGTH}): {longer[number]}"
+        claim = f"{number}. {record['text']}"
+        shown.append({"claim": claim, "measured": record["measured"], "verdict": verdict})
+    return shown

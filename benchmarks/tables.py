@@ -258,6 +258,14 @@ def verdicts() -> str:
         raise TableError(str(error)) from None
 
 
+def paper() -> str:
+    """What examples/paper_mnist.py found."""
+    rows = _example("paper_mnist", "claims.csv")
+    for row in rows:
+        row["claim"] += f". {row.pop('text')}"
+    return markdown(rows)
+
+
 def plain(name: str) -> Callable[[], str]:
     return lambda: _with_note(*read(name))
 
@@ -279,6 +287,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mnist": mnist,
     "monitor": plain("monitor"),
     "output": plain("output"),
+    "paper": paper,
     "peers": peers,
     "peers-all": plain("peers"),
     "small-batches": plain("small-batches"),

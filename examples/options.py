@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,18 @@ class Settings:
         They leave its results alone. Of the data, the contents count, not their place.
         """
         return {"data_dir", "run_dir", "resume", "target"}
+
+
+def check_names(option: str, chosen: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse names that are unknown, given twice, or none."""
+    unknown = sorted(set(chosen) - set(known))
+    if unknown or not chosen:
+        raise SettingsError(
+            f"{option}: needs one or more of {', '.join(known)}, got "
+            f"{' '.join(unknown) or 'nothing'}."
+        )
+    if len(set(chosen)) < len(chosen):
+        raise SettingsError(f"{option}: needs each only once, got {' '.join(chosen)}.")
 
 
 def check(settings: Settings) -> None:

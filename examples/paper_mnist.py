@@ -34,7 +34,7 @@ import paper_training
 import run_folder
 import script
 import tyro
-from options import SettingsError
+from options import SettingsError, check_names
 from paper_experiments import EXPERIMENTS
 from paper_trainer import Trainer
 from rich.console import Console
@@ -65,16 +65,7 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Refuse values that cannot work, before anything is read or written."""
-    unknown = sorted(set(settings.experiments) - set(EXPERIMENTS))
-    if unknown or not settings.experiments:
-        raise SettingsError(
-            f"--experiments: needs one or more of {', '.join(EXPERIMENTS)}, got "
-            f"{' '.join(unknown) or 'nothing'}."
-        )
-    if len(set(settings.experiments)) < len(settings.experiments):
-        raise SettingsError(
-            f"--experiments: needs each only once, got {' '.join(settings.experiments)}."
-        )
+    check_names("--experiments", settings.experiments, EXPERIMENTS)
     if settings.data not in ("digits", "mnist"):
         raise SettingsError(f"--data: must be digits or mnist, got {settings.data}.")
     if not 1 <= settings.seeds < 2**31:

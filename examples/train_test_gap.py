@@ -53,16 +53,7 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    unknown = sorted(set(settings.scenarios) - set(SCENARIOS))
-    if unknown or not settings.scenarios:
-        raise SettingsError(
-            f"--scenarios: needs one or more of {', '.join(SCENARIOS)}, got "
-            f"{' '.join(unknown) or 'nothing'}."
-        )
-    if len(set(settings.scenarios)) < len(settings.scenarios):
-        raise SettingsError(
-            f"--scenarios: needs each only once, got {' '.join(settings.scenarios)}."
-        )
+    options.check_names("--scenarios", settings.scenarios, SCENARIOS)
     for name in ("seeds", "healthy_seeds"):
         if not 1 <= getattr(settings, name) < 2**31:
             raise SettingsError(
