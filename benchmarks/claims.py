@@ -33,17 +33,22 @@ def saved(folder: Path = NOTEBOOKS) -> dict[int, dict[str, Any]]:
 
 
 def of(path: Path) -> Iterator[dict[str, Any]]:
-    """The verdicts of a notebook, in its order; the link is that of the heading above."""
-    heading = ""
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        heading = next(iter(headings(cell)), heading)
+    """The verdicts of a notebook, in its order; the link is that of the claim's heading."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    titles = [heading for cell in cells for heading in headings(cell)]
+    for cell in cells:
         for output in cell.get("outputs", []):
             record = output.get("metadata", {}).get("bnjax")
             if record is None:
                 continue
             if record["verdict"] not in VERDICTS:
                 raise ClaimError(f"{path.name}: {record['verdict']!r} is not of {VERDICTS}.")
-            yield {**record, "link": f"{path.parent.name}/{path.name}#{anchor(heading)}"}
+            own = [title for title in titles if title.startswith(f"{record['claim']}.")]
+            if len(own) != 1:
+                raise ClaimError(
+                    f"{path.name}: claim {record['claim']} needs one heading, has {own}."
+                )
+            yield {**record, "link": f"{path.parent.name}/{path.name}#{anchor(own[0])}"}
 
 
 def headings(cell: dict[str, Any]) -> list[str]:
@@ -70,5 +75,6 @@ def rows(at_length: list[dict[str, str]]) -> list[dict[str, str]]:
         if number in longer:
             verdict += f"; [MNIST]({AT_LENGTH}): {longer[number]}"
         claim = f"{number}. {record['text']}"
-        shown.append({"claim": claim, "measured": record["measured"], "verdict": verdict})
+        measured = record["measured"].replace("|", "\\|")  # which would end a cell
+        shown.append({"claim": claim, "measured": measured, "verdict": verdict})
     return shown
