@@ -41,6 +41,15 @@ class Groups(NamedTuple):
             return jnp.expand_dims(x, first)
         return _placement.cut(x, first, self.number, self.size)
 
+    def cut_mask(self, mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+        """The mask of an array that is cut: one for all channels, or one for each."""
+        if mask is None:
+            return None
+        if any(mask.shape[a] > 1 for a in self.axes):
+            sizes = (x.shape[a] if a in self.axes else s for a, s in enumerate(mask.shape))
+            mask = jnp.broadcast_to(mask, tuple(sizes))
+        return self.cut(mask)
+
     def join(self, y: jax.Array, like: jax.Array) -> jax.Array:
         """The inverse of `cut`, in the shape of another array."""
         if len(self.axes) == 1:

@@ -241,7 +241,7 @@ def _cov(call: _layer.Call, batch: BatchMoments, shape: tuple[int, ...]) -> jax.
     r, inputs = call.static.plan.reduction, call.inputs
     groups = _covariance.groups(inputs.x.ndim, r.axes, shape)
     x = groups.cut(inputs.x)
-    mask = None if inputs.mask is None else groups.cut(inputs.mask)
+    mask = groups.cut_mask(inputs.mask, inputs.x)
     r = r._replace(axes=groups.reduced(inputs.x.ndim))
     near = _placement.as_features(groups.vectors().cut(batch.shift), x, r.axes)
     found = _covariance.covariances(r, x, _placement.as_entries(mask, x), near)

@@ -62,7 +62,8 @@ def whiten(
       group_size: channels in a group, at least 1; divides the number of channels, which are
         those of all feature axes, in ascending order of axis.
       method: "newton-schulz" or "eigh".
-      iterations: of Newton and Schulz, at least 1; by default 20, in float64 40.
+      iterations: of Newton and Schulz, at least 1; by default 20, in float64 40. More only
+        amplify rounding where the covariance is nearly singular.
       **options: keyword arguments of `bn_apply`, bound as by `batch_norm`. A `mask` must have
         size 1 along the feature axes, and `momentum` be one number or a schedule, unless
         `group_size` is 1.

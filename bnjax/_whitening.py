@@ -69,7 +69,7 @@ def _forward(
     plan: Plan, how: Root, groups: Groups, inputs: Inputs, running: jax.Array
 ) -> tuple[jax.Array, Covariances | None, _Whitening]:
     whole, moments = inputs.x, None
-    inputs = inputs._replace(x=groups.cut(whole), mask=_cut_mask(groups, inputs.mask))
+    inputs = inputs._replace(x=groups.cut(whole), mask=groups.cut_mask(inputs.mask, whole))
     if plan.train is not False:
         moments = _covariance.covariances(plan.reduction, inputs.x, inputs.mask, inputs.mean)
     c = _chosen(how, inputs, moments, running)
@@ -82,10 +82,6 @@ def _forward(
     x = _normalize._finite(inputs.x, inputs.x, inputs.mask) - _reduce.spread(shift, axes)
     y = _product(plan.reduction, matrix, x) + _reduce.spread(b, axes)
     return groups.join(y.astype(plan.dtype), whole), moments, c
-
-
-def _cut_mask(groups: Groups, mask: jax.Array | None) -> jax.Array | None:
-    return None if mask is None else groups.cut(mask)
 
 
 def _chosen(
@@ -127,7 +123,7 @@ def _tangent(
 ) -> tuple[Any, Any]:
     """dy = M (dx - dmean) + dM (x - mean) + dbias, M = scale W, and dmoments."""
     whole, mask, scale, moments, c = residuals
-    x, mask = groups.cut(whole), _cut_mask(groups, mask)
+    x, mask = groups.cut(whole), groups.cut_mask(mask, whole)
     r = plan.reduction
     dx, dmean, dmoments = _normalize._finite(groups.cut(d.x), x, mask), d.mean, None
     dcov = with_diagonal(drunning, d.var)

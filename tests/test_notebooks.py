@@ -34,8 +34,9 @@ def outputs(path):
 
 
 def execute(*argv):
-    # As a user has it: without this process's eight devices.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # As a user has it: without this process's eight devices, and with pictures.
+    ours = ("XLA_FLAGS", "MPLBACKEND")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     env["PYTHONPATH"] = paths_with_bnjax()
     command = [sys.executable, str(RUN), *argv]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)

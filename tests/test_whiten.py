@@ -159,6 +159,19 @@ def test_groups_of_one_are_bn_apply():
         tolerances.assert_close(cov[:, 0, 0], found[2], jnp.float32, N)
 
 
+def test_groups_of_one_with_a_mask_for_some_feature_axes():
+    """Which differs along one of two feature axes, and is broadcast along the other."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (16, 2, 3)).astype(np.float32)
+    mask = rng.random((16, 2, 1)) < 0.7
+    options = {"axis": (1, 2), "mask": mask}
+    norm = bnjax.whiten(1)
+    params, state = norm.init((2, 3))
+    y, new = norm.apply(params, state, x, True, **options)
+    expected, old = bnjax.bn_apply(params, bnjax.BNState(*state[:3]), x, True, **options)
+    tolerances.assert_close((y, *new[:3]), (expected, *old), jnp.float32, 16)
+
+
 def test_forward_mode_at_large_means():
     """Along dx = x y hardly moves: sums and differences of large numbers cancel."""
     norm = bnjax.whiten(G)
