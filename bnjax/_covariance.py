@@ -181,8 +181,7 @@ def unpack(packed: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
 
 def _gram(r: Reduction, a: jax.Array, b: jax.Array) -> jax.Array:
     """sum(a b^T) over the entries of a device."""
-    group, channel = (i for i in range(a.ndim) if i not in r.axes)
-    del channel
+    group = next(i for i in range(a.ndim) if i not in r.axes)
     sharding = _matrices_sharding(a, group)
     numbers = ((r.axes, r.axes), ((group,), (group,)))
     return lax.dot_general(a, b, numbers, precision=EXACT, out_sharding=sharding)

@@ -101,23 +101,27 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None
     a = c.inverse if scale is None else c.inverse * scale
     b = -c.offset * a if bias is None else bias - c.offset * a
     shift, a, b = _spread(plan, inputs.x, c.shift, a, b)
-    y = (_finite(inputs.x, inputs.x, inputs.mask) - shift) * a + b
+    y = (finite(inputs.x, inputs.x, inputs.mask) - shift) * a + b
     return y.astype(plan.dtype), moments, c
+
+
+def is_from_batch(inputs: Inputs, count: jax.Array) -> jax.Array | None:
+    """Where the batch's moments are taken, of `count` entries; None: known while tracing."""
+    if inputs.mask is None and inputs.x.size:
+        return inputs.train
+    return count > 0 if inputs.train is None else (count > 0) & inputs.train
 
 
 def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> Coefficients:
     if moments is None:
         inverse = lax.rsqrt(inputs.var + inputs.epsilon)
         return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), inverse, None)
-    from_batch = inputs.train
-    if inputs.mask is not None or inputs.x.size == 0:
-        some = moments.count > 0
-        from_batch = some if from_batch is None else some & from_batch
+    from_batch = is_from_batch(inputs, moments.count)
     if from_batch is not None:
         from_batch = _placement.broadcast(from_batch, moments.var)
-    shift = _choose(from_batch, moments.shift, inputs.mean)
-    offset = _choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
-    var = _choose(from_batch, moments.var, inputs.var)
+    shift = choose(from_batch, moments.shift, inputs.mean)
+    offset = choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
+    var = choose(from_batch, moments.var, inputs.var)
     correction = _correction(inputs, moments, from_batch)
     return Coefficients(shift, offset, lax.rsqrt(var + inputs.epsilon), from_batch, correction)
 
@@ -158,15 +162,15 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
     x, mask, scale, moments, c = residuals
     scale, _ = _corrected(c, scale, None)
     dscale, dbias = _corrected(c, d.scale, d.bias)
-    dx, dmean, dvar, dmoments = _finite(d.x, x, mask), d.mean, d.var, None
+    dx, dmean, dvar, dmoments = finite(d.x, x, mask), d.mean, d.var, None
     if moments is not None:
         # dx - dmean is all that enters, so both are taken less the same c, which
         # for running statistics is dmean of the batch less that of dx - c.
         r, plain = plan.reduction, dx
         dx = _moments.recentre(r, plain, mask)
         dmoments, residue = _moments.centred_tangent(r, x, mask, moments, plain, dx)
-        dmean = _choose(c.from_batch, residue, dmean - (dmoments.shift - residue))
-        dvar = _choose(c.from_batch, dmoments.var, dvar)
+        dmean = choose(c.from_batch, residue, dmean - (dmoments.shift - residue))
+        dvar = choose(c.from_batch, dmoments.var, dvar)
     a = c.inverse if scale is None else c.inverse * scale
     da = -0.5 * a * (c.inverse * c.inverse) * (dvar + d.epsilon)
     if dscale is not None:
@@ -177,17 +181,17 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
         db = db + dbias
     # Apart, since only what is linear in the tangents can be transposed.
     (shift, a), (da, db) = _spread(plan, x, shift, a), _spread(plan, x, da, db)
-    dy = dx * a + (_finite(x, x, mask) - shift) * da + db
+    dy = dx * a + (finite(x, x, mask) - shift) * da + db
     return dy.astype(plan.dtype), dmoments
 
 
-def _finite(value: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def finite(value: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`value`, promoted, with 0 where a masked entry of `x` is not finite."""
     value = value.astype(compute_dtype(x.dtype))
     return value if mask is None else jnp.where(mask | jnp.isfinite(x), value, 0)
 
 
-def _choose(condition: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+def choose(condition: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
     return new if condition is None else _reduce.where(condition, new, old)
 
 

@@ -79,7 +79,7 @@ def _forward(
         b = inputs.bias + b
     matrix, (shift, b) = _together(inputs.x, matrix, [c.shift, b])
     axes = plan.reduction.axes
-    x = _normalize._finite(inputs.x, inputs.x, inputs.mask) - _reduce.spread(shift, axes)
+    x = _normalize.finite(inputs.x, inputs.x, inputs.mask) - _reduce.spread(shift, axes)
     y = _product(plan.reduction, matrix, x) + _reduce.spread(b, axes)
     return groups.join(y.astype(plan.dtype), whole), moments, c
 
@@ -90,10 +90,7 @@ def _chosen(
     running = with_diagonal(running, inputs.var)
     shift, offset, cov, from_batch = inputs.mean, lax.full_like(inputs.mean, 0), running, None
     if moments is not None:
-        from_batch = inputs.train
-        if inputs.mask is not None or inputs.x.size == 0:
-            some = moments.count > 0
-            from_batch = some if from_batch is None else some & from_batch
+        from_batch = _normalize.is_from_batch(inputs, moments.count)
         if from_batch is not None:
             from_batch = _placement.broadcast(from_batch, moments.var)
         shift = _choose(from_batch, moments.shift, shift)
@@ -110,7 +107,7 @@ def _with_epsilon(cov: jax.Array, epsilon: jax.Array) -> jax.Array:
 def _choose(condition: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
     if condition is not None and new.ndim > condition.ndim:
         condition = _placement.broadcast(condition[..., None], new)
-    return _normalize._choose(condition, new, old)
+    return _normalize.choose(condition, new, old)
 
 
 def _tangent(
@@ -125,7 +122,7 @@ def _tangent(
     whole, mask, scale, moments, c = residuals
     x, mask = groups.cut(whole), groups.cut_mask(mask, whole)
     r = plan.reduction
-    dx, dmean, dmoments = _normalize._finite(groups.cut(d.x), x, mask), d.mean, None
+    dx, dmean, dmoments = _normalize.finite(groups.cut(d.x), x, mask), d.mean, None
     dcov = with_diagonal(drunning, d.var)
     if moments is not None:
         # Both less the same, as in `_normalize`.
@@ -149,7 +146,7 @@ def _tangent(
     # Apart, since only what is linear in the tangents can be transposed.
     matrix, (shift,) = _together(x, matrix, [shift])
     dmatrix, (db,) = _together(x, dmatrix, [db])
-    apart = _normalize._finite(x, x, mask) - _reduce.spread(shift, r.axes)
+    apart = _normalize.finite(x, x, mask) - _reduce.spread(shift, r.axes)
     dy = _product(r, matrix, dx) + _product(r, dmatrix, apart) + _reduce.spread(db, r.axes)
     return groups.join(dy.astype(plan.dtype), whole), dmoments
 

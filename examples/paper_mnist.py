@@ -38,7 +38,6 @@ from options import SettingsError, check_names
 from paper_experiments import EXPERIMENTS
 from paper_trainer import Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 GRADIENTS, SUMMARY, FIGURE = "gradients.csv", "summary.csv", "figure.png"
 CLAIMS, MADE_WITH = "claims.csv", "made_with.txt"
@@ -123,15 +122,8 @@ def made_with(settings: Settings, name: str) -> str:
 
 def train(trainer: Trainer, name: str, folder: run_folder.RunFolder, console: Console) -> bool:
     """Train to the end, with a checkpoint at each record; False if Ctrl-C came first."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-    )
     total, log = trainer.experiment.steps, trainer.log
-    with script.stop_requests() as stop, Progress(*columns, console=console) as progress:
+    with script.stop_requests() as stop, script.progress_bar(console) as progress:
         bar = progress.add_task(name, total=total, completed=log["step"])
         while log["step"] < total and not stop.is_set():
             trainer.advance()

@@ -131,8 +131,8 @@ def stop_requests() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def train(trainer: Trainer, folder: run_folder.RunFolder, console: Console) -> bool:
-    """Train to the end, with a checkpoint at each evaluation; False if Ctrl-C came first."""
+def progress_bar(console: Console) -> Progress:
+    """Of steps."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -140,8 +140,13 @@ def train(trainer: Trainer, folder: run_folder.RunFolder, console: Console) -> b
         TextColumn("steps"),
         TimeRemainingColumn(),
     )
+    return Progress(*columns, console=console)
+
+
+def train(trainer: Trainer, folder: run_folder.RunFolder, console: Console) -> bool:
+    """Train to the end, with a checkpoint at each evaluation; False if Ctrl-C came first."""
     total, log = trainer.settings.steps, trainer.log
-    with stop_requests() as stop, Progress(*columns, console=console) as progress:
+    with stop_requests() as stop, progress_bar(console) as progress:
         bar = progress.add_task("compiling", total=total, completed=log["step"])
         while log["step"] < total and not processes.any_of(stop.is_set()):
             trainer.advance()
