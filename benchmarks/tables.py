@@ -263,6 +263,8 @@ def paper() -> str:
     rows = _example("paper_mnist", "claims.csv")
     for row in rows:
         row["claim"] += f". {row.pop('text')}"
+        answers = [part.rsplit(": ", 1)[1] for part in row.pop("parts").split("; ")]
+        row["verdict"] += f" ({answers.count('yes')} of {len(answers)} parts)"
     return markdown(rows)
 
 

@@ -6,10 +6,13 @@ import numpy as np
 from paper_network import KERNELS, Architecture, Choice
 from paper_trainer import Experiment, Group, Row, Trainer
 
+BY_RATE = ("rate",)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 PERCENTILES = (15, 50, 85)
 UNIT = 0  # whose inputs are shown; all units count for drift and spread
 SMALL = 1e-3  # weights below it count as small
+
+Choices = dict[tuple[str, ...], Choice]
 
 
 def accuracy(trainer: Trainer, group: Group) -> Row:
@@ -63,26 +66,30 @@ def generalization(trainer: Trainer, group: Group) -> Row:
     }
 
 
-def by_rate(*rates: float) -> dict[str, Choice]:
-    return {f"{rate:g}": Choice(rate) for rate in rates}
+REGULARIZATIONS = {
+    "none": {},
+    "dropout 0.2": {"dropout": 0.2},
+    "dropout 0.5": {"dropout": 0.5},
+    "L2 0.001": {"l2": 1e-3},
+    "L1 0.0001": {"l1": 1e-4},
+    "dropout 0.2, L2 0.001": {"dropout": 0.2, "l2": 1e-3},
+}
 
 
-def regularizations(rate: float) -> dict[str, Choice]:
+def by_rate(*rates: float) -> Choices:
+    return {(f"{rate:g}",): Choice(rate) for rate in rates}
+
+
+def regularized(*rates: float) -> Choices:
+    """Each regularization at each rate, so that each can be judged at its best one."""
     return {
-        "none": Choice(rate),
-        "none, rate / 3": Choice(rate / 3),
-        "none, rate x 3": Choice(rate * 3),
-        "dropout 0.2": Choice(rate, dropout=0.2),
-        "dropout 0.5": Choice(rate, dropout=0.5),
-        "L2 0.001": Choice(rate, l2=1e-3),
-        "L1 0.0001": Choice(rate, l1=1e-4),
-        "dropout 0.2, L2 0.001": Choice(rate, dropout=0.2, l2=1e-3),
+        (name, f"{rate:g}"): Choice(rate, **numbers)
+        for name, numbers in REGULARIZATIONS.items()
+        for rate in rates
     }
 
 
-def groups(
-    activations: tuple[str, ...], choices: dict[str, Choice], **options: Any
-) -> tuple[Group, ...]:
+def groups(activations: tuple[str, ...], choices: Choices, **options: Any) -> tuple[Group, ...]:
     """With and without batch normalization."""
     return tuple(
         Group(Architecture(activation, batch_norm, **options), choices)
@@ -93,20 +100,20 @@ def groups(
 
 def curves(*rates: float) -> Experiment:
     sigmoid = groups(("sigmoid",), by_rate(*rates))
-    return Experiment(sigmoid, "rate", steps=50_000, records=50, measure=distribution)
+    return Experiment(sigmoid, BY_RATE, steps=50_000, records=50, measure=distribution)
 
 
 EXPERIMENTS = {
     "rates": Experiment(
         groups(("sigmoid", "relu"), by_rate(*RATES)),
-        "rate",
+        BY_RATE,
         steps=2000,
         records=5,
         measure=accuracy,
     ),
     "depth": Experiment(
         groups(("sigmoid", "tanh"), by_rate(0.03, 0.3), depth=30),
-        "rate",
+        BY_RATE,
         steps=1000,
         records=10,
         measure=accuracy,
@@ -116,9 +123,9 @@ EXPERIMENTS = {
     "curves": curves(1.0, 3.0),
     "low_rate": curves(0.1),
     "regularize": Experiment(
-        groups(("sigmoid",), regularizations(1.0), regularized=True)
-        + groups(("relu",), regularizations(0.1), regularized=True),
-        "regularization",
+        groups(("sigmoid",), regularized(0.3, 1.0, 3.0, 10.0), regularized=True)
+        + groups(("relu",), regularized(0.03, 0.1, 0.3, 1.0), regularized=True),
+        ("regularization", "rate"),
         steps=2000,
         records=5,
         measure=generalization,

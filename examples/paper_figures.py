@@ -103,7 +103,7 @@ def over_steps(axes: Any, seeds: dict[int, list[Row]], network: str) -> None:
 
 def rates(rows: list[Row], gradients: list[Row], summary: list[Row], title: str) -> Figure:
     """Last test accuracy over learning rates; crosses where networks diverged."""
-    found = tables.networks("rates", rows)
+    found = tables.networks(rows)
     figure = canvas(9, 4, title)
     panels = figure.subplots(1, len(activations(found)), sharey=True, squeeze=False)[0]
     for axes, activation in zip(panels, activations(found), strict=True):
@@ -140,7 +140,7 @@ def _crosses(axes: Any, points: dict[float, dict[int, list[Row]]], network: str)
 
 def depth(rows: list[Row], gradients: list[Row], summary: list[Row], title: str) -> Figure:
     """Each network at its best rate: gradients by layer, before and after; accuracy."""
-    found, norms = tables.networks("depth", rows), tables.networks("depth", gradients)
+    found, norms = tables.networks(rows), tables.networks(gradients)
     figure = canvas(9, 6.5, title)
     panels = figure.subplots(len(activations(found)), 2, squeeze=False)
     for (left, right), activation in zip(panels, activations(found), strict=True):
@@ -175,7 +175,7 @@ def _gradients(axes: Any, seeds: dict[int, list[Row]], network: str) -> None:
 
 def curves(rows: list[Row], gradients: list[Row], summary: list[Row], title: str) -> Figure:
     """Accuracy at each rate; percentiles of a sigmoid's inputs, each at its best rate."""
-    found = tables.networks("curves", rows)
+    found = tables.networks(rows)
     figure = canvas(9, 7.5, title)
     halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.05])
     upper, lower = halves
@@ -211,26 +211,36 @@ def _percentiles(axes: Any, rows: list[Row], network: str) -> None:
 
 
 def regularize(rows: list[Row], gradients: list[Row], summary: list[Row], title: str) -> Figure:
-    """Gap and test accuracy of each regularization."""
-    found = tables.networks("regularize", rows)
+    """Gap and test accuracy of each regularization, at its best rate."""
+    found = tables.networks(rows)
     figure = canvas(9, 6.5, title)
     count = len(activations(found))
     panels = figure.subplots(count, 2, sharey=True, squeeze=False)
-    labels = list(dict.fromkeys(key[2] for key in found))
+    names = list(dict.fromkeys(row["regularization"] for row in rows))
     for pair, activation in zip(panels, activations(found), strict=True):
         for network, shift in zip(NETWORKS, (-0.15, 0.15), strict=True):
-            for place, label in enumerate(labels):
-                last = [rows[-1] for rows in found[activation, network, label].values()]
+            for place, name in enumerate(names):
+                words = {"activation": activation, "network": network, "regularization": name}
+                rate = tables.best(summary, **words)["rate"]
+                last = [its[-1] for its in found[activation, network, name, rate].values()]
                 tests = np.array([100 * row["test_accuracy"] for row in last])
                 gaps = np.array([100 * row["train_accuracy"] for row in last]) - tests
                 for axes, values in zip(pair, (gaps, tests), strict=True):
-                    _dot(axes, values, place + shift, network, label == labels[0])
+                    _dot(axes, values, place + shift, network, name == names[0])
+                pair[1].annotate(
+                    rate,
+                    (tests.max(), place + shift),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                )
         pair[0].set_ylabel(activation)
     for axes in panels.flat:
-        plain(axes, yticks=range(len(labels)), yticklabels=labels)
+        plain(axes, yticks=range(len(names)), yticklabels=names)
     panels[0, 0].invert_yaxis()
     panels[-1, 0].set_xlabel("gap: training less test accuracy (percentage points)")
-    panels[-1, 1].set_xlabel("test accuracy (%)")
+    panels[-1, 1].set_xlabel("test accuracy (%), beside it the best learning rate")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

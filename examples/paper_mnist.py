@@ -152,7 +152,13 @@ def judge(parent: Path, console: Console) -> None:
     """claims.csv from the summaries of all experiments in the run folder."""
     paths = {name: parent / name / SUMMARY for name in EXPERIMENTS}
     summaries = {name: paper_tables.read(path) for name, path in paths.items() if path.exists()}
-    rows = paper_claims.claims(summaries)
+    try:
+        rows = paper_claims.claims(summaries)
+    except KeyError as error:
+        raise run_folder.RunFolderError(
+            f"{parent}: a {SUMMARY} has no column {error}, so it was made by another version of "
+            f"this script. Run all experiments anew, in another folder."
+        ) from None
     run_folder.write_atomically(parent / CLAIMS, paper_tables.text(rows).encode())
     for row in rows:
         words = f"{row['claim']}. {row['text']}: {row['verdict']}\n{row['measured']}\n"

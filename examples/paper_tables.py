@@ -12,6 +12,7 @@ import numpy as np
 GUESSING = math.log(10)  # the loss of a guess among ten classes
 TRAINED = 0.9  # test accuracy of a network that counts as trained
 GOAL = 0.97  # test accuracy for "steps to"
+STEPS_TO_GOAL = "steps_to_goal"
 FIFTH = 0.2  # of the records: early, networks without it have not converged yet
 LAST = 0.1  # share of the records over which the last accuracy is averaged
 
@@ -19,14 +20,7 @@ Row = dict[str, Any]
 Key = tuple[str, ...]
 Networks = dict[Key, dict[int, list[Row]]]
 
-LABELS = {
-    "rates": "rate",
-    "depth": "rate",
-    "curves": "rate",
-    "low_rate": "rate",
-    "regularize": "regularization",
-}
-WORDS = {"activation", "network", *LABELS.values()}
+WORDS = ("activation", "network", "regularization", "rate")  # what tells networks apart
 
 
 def read(path: Path) -> list[Row]:
@@ -47,11 +41,11 @@ def text(rows: list[Row]) -> str:
     return content.getvalue()
 
 
-def networks(name: str, rows: list[Row]) -> Networks:
-    """(activation, network, label) -> seed -> rows in the order of their steps."""
+def networks(rows: list[Row]) -> Networks:
+    """Those of WORDS that the rows have -> seed -> rows in the order of their steps."""
     found: Networks = {}
     for row in rows:
-        key = row["activation"], row["network"], row[LABELS[name]]
+        key = tuple(row[word] for word in WORDS if word in row)
         found.setdefault(key, {}).setdefault(int(row["seed"]), []).append(row)
     return found
 
@@ -70,11 +64,13 @@ def summary(name: str, rows: list[Row], gradients: list[Row]) -> list[Row]:
     """A row for each kind of network, with means and deviations over the seeds.
 
     Accuracies count all seeds, those that diverged with the accuracy that they have;
-    other means leave out numbers that are not finite.
+    other means leave out numbers that are not finite, but there are no steps to a goal
+    that one of the seeds did not reach.
     """
     found = []
-    norms = networks(name, gradients)
-    for key, seeds in networks(name, rows).items():
+    words = [word for word in WORDS if word in rows[0]]
+    norms = networks(gradients)
+    for key, seeds in networks(rows).items():
         values = [
             VALUES[name](series, norms.get(key, {}).get(seed, [])) for seed, series in seeds.items()
         ]
@@ -87,7 +83,7 @@ def summary(name: str, rows: list[Row], gradients: list[Row]) -> list[Row]:
             "not_finite": sum(map(not_finite, series)),
         }
         means = {k: v for column in values[0] for k, v in mean_and_sd(column, values).items()}
-        found.append(dict(zip(("activation", "network", LABELS[name]), key, strict=True)))
+        found.append(dict(zip(words, key, strict=True)))
         found[-1] |= counts | means
     return found
 
@@ -95,6 +91,8 @@ def summary(name: str, rows: list[Row], gradients: list[Row]) -> list[Row]:
 def mean_and_sd(column: str, values: list[dict[str, float]]) -> Row:
     """Empty where no seed has a number; no deviation of one seed."""
     numbers = np.array([v[column] for v in values if math.isfinite(v[column])])
+    if column == STEPS_TO_GOAL and len(numbers) < len(values):
+        numbers = numbers[:0]
     mean = f"{numbers.mean():.4g}" if len(numbers) else ""
     sd = f"{numbers.std(ddof=1):.2g}" if len(numbers) > 1 else ""
     return {column: mean, f"{column}_sd": sd}
@@ -126,7 +124,7 @@ def of_curves(rows: list[Row], gradients: list[Row]) -> dict[str, float]:
     ends = [np.mean([row["p50"] for row in part]) for part in (rows[:fifth], rows[-fifth:])]
     return {
         "test_accuracy": float(np.mean([row["test_accuracy"] for row in last])),
-        "steps_to_goal": min(reached, default=math.nan),
+        STEPS_TO_GOAL: min(reached, default=math.nan),
         **_moves(rows[1:], ""),
         **_moves(rows[1 : 1 + fifth], "early_"),
         "shift": float(abs(ends[1] - ends[0])),

@@ -18,10 +18,10 @@ Row = dict[str, Any]
 
 
 class Group(NamedTuple):
-    """Networks of one program: a `Choice` for each label."""
+    """Networks of one program: a `Choice` for each combination of labels."""
 
     architecture: Architecture
-    choices: dict[str, Choice]
+    choices: dict[tuple[str, ...], Choice]
 
     @property
     def name(self) -> str:
@@ -33,14 +33,14 @@ class Group(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """`label` is the column of the choices' labels; each chunk of steps ends with a record.
+    """`labels` are the columns of the choices' labels; each chunk of steps ends with a record.
 
     `examples` is the number of training examples, all by default. `measure(trainer,
     group)` returns columns of arrays [seeds, choices].
     """
 
     groups: tuple[Group, ...]
-    label: str
+    labels: tuple[str, ...]
     steps: int
     records: int
     measure: Callable[["Trainer", Group], Row]
@@ -58,7 +58,7 @@ class Experiment(NamedTuple):
         networks = {
             group.name: {
                 "layers": group.architecture.depth,
-                **{label: list(choice) for label, choice in group.choices.items()},
+                **{", ".join(labels): list(choice) for labels, choice in group.choices.items()},
             }
             for group in self.groups
         }
@@ -143,11 +143,11 @@ class Trainer:
                 "step": step,
                 "activation": group.architecture.activation,
                 "network": group.network,
-                self.experiment.label: label,
+                **dict(zip(self.experiment.labels, labels, strict=True)),
                 "seed": seed,
                 **{name: rounded(column[seed, i]) for name, column in columns.items()},
             }
-            for i, label in enumerate(group.choices)
+            for i, labels in enumerate(group.choices)
             for seed in range(self.seeds)
         ]
 

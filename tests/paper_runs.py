@@ -12,11 +12,12 @@ ROOT = example_runs.ROOT
 FULL = dict(paper_experiments.EXPERIMENTS)
 SEEDS, CHUNK, RECORDS = 2, 10, 2
 TOO_HIGH = "1e+38"
-BY_RATE = {"0.3": Choice(0.3), "1": Choice(1.0), TOO_HIGH: Choice(1e38)}
+RATES = ("0.3", "1", TOO_HIGH)
+BY_RATE = {(rate,): Choice(float(rate)) for rate in RATES}
 REGULARIZED = {
-    "none": Choice(0.3),
-    "L2, L1": Choice(0.3, l2=0.01, l1=0.001),
-    "dropout": Choice(0.3, dropout=0.5),
+    ("none", "0.3"): Choice(0.3),
+    ("L2, L1", "0.3"): Choice(0.3, l2=0.01, l1=0.001),
+    ("dropout", "0.3"): Choice(0.3, dropout=0.5),
 }
 
 

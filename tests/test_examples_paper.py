@@ -14,8 +14,9 @@ import paper_runs
 import paper_tables
 import paper_trainer
 import pytest
+import run_folder
 from example_runs import contents, refused, rows_of
-from paper_runs import BY_RATE, CHUNK, FULL, RECORDS, REGULARIZED, SEEDS, TOO_HIGH
+from paper_runs import CHUNK, FULL, RATES, RECORDS, REGULARIZED, SEEDS, TOO_HIGH
 
 main = paper_mnist.main
 
@@ -48,7 +49,7 @@ def test_every_experiment_leaves_its_files(finished):
         )
         assert f"jax {jax.__version__}" in versions
     claims = rows_of(finished, "claims.csv")
-    assert list(claims[0]) == ["claim", "text", "measured", "verdict"]
+    assert list(claims[0]) == ["claim", "text", "measured", "parts", "verdict"]
     assert [row["claim"] for row in claims] == ["1", "5", "6", "7", "8"]
     assert {row["verdict"] for row in claims} <= {"holds", "holds partly", "fails"}
     assert all(f"{SEEDS} seeds, 20 steps" in row["measured"] for row in claims)
@@ -114,6 +115,15 @@ def test_finished_run_is_not_overwritten_nor_mixed(finished, capsys):
     assert contents(finished) == before
 
 
+def test_tables_of_another_version_are_not_judged(finished, tmp_path):
+    summary = (finished / "rates" / "summary.csv").read_text()
+    (tmp_path / "rates").mkdir()
+    (tmp_path / "rates" / "summary.csv").write_text(summary.replace("trained", "won"))
+    with pytest.raises(run_folder.RunFolderError, match=r"no column 'trained', .* Run all .* anew"):
+        paper_mnist.judge(tmp_path, console=None)
+    assert not (tmp_path / "claims.csv").exists()
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -165,8 +175,8 @@ def expected_lines(name, rows, gradients, summary):
         return np.mean(at, 1)
 
     if name == "rates":
-        of_rate = [[r["test_accuracy"] for r in last if r["rate"] == rate] for rate in BY_RATE]
-        return [([float(rate) for rate in BY_RATE], np.mean(of_rate, 1))]
+        of_rate = [[r["test_accuracy"] for r in last if r["rate"] == rate] for rate in RATES]
+        return [([float(rate) for rate in RATES], np.mean(of_rate, 1))]
     if name == "depth":
         norms = [
             np.mean(
@@ -183,9 +193,9 @@ def expected_lines(name, rows, gradients, summary):
     if name in ("curves", "low_rate"):
         shown = [r for r in of if (r["rate"], r["seed"]) == (top["rate"], 0)]
         inputs = [(steps, [r[p] for r in shown]) for p in ("p15", "p50", "p85")]
-        return inputs + [(steps, accuracies(rate)) for rate in BY_RATE]
+        return inputs + [(steps, accuracies(rate)) for rate in RATES]
     tests = [100 * np.mean([r["test_accuracy"] for r in last if r["regularization"] == k])
-             for k in REGULARIZED]  # fmt: skip
+             for k, _ in REGULARIZED]  # fmt: skip
     return [([test], [place - 0.15]) for place, test in enumerate(tests)]
 
 
