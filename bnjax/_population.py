@@ -67,7 +67,8 @@ def recalibrate(
         anew each time.
       tolerance: stop a pass after 8, 16, 32, ... batches, which should be shuffled, when the
         statistics of both halves of them agree in every channel, means within this many
-        deviations and logarithms of variances within this; by default use all.
+        deviations, logarithms of variances and correlations (of layers that whiten) within
+        this; by default use all.
       progress: whether to show a bar (rich, in the extra `reports`).
 
     Returns:
@@ -264,7 +265,7 @@ def _statistics(method: Method, given: Layer, part: _Part) -> tuple[Layer, jax.A
 
 @jax.jit
 def _distance(part: _Part) -> jax.Array:
-    """The largest over channels between both halves, in deviations or logarithms of variances.
+    """The largest over channels between both halves: see `tolerance` of `recalibrate`.
 
     Channels where both are empty are not compared.
     """
@@ -274,7 +275,14 @@ def _distance(part: _Part) -> jax.Array:
     rounding = 4 * jnp.finfo(one.var.dtype).eps * (jnp.abs(one.shift) + jnp.abs(other.shift))
     floor = rounding * rounding + jnp.finfo(one.var.dtype).tiny
     a, b = one.var + floor, other.var + floor
-    worst = jnp.maximum(jnp.abs(apart) * lax.rsqrt((a + b) / 2), jnp.abs(jnp.log(a / b)))
+    scale = lax.rsqrt((a + b) / 2)
+    worst = jnp.maximum(jnp.abs(apart) * scale, jnp.abs(jnp.log(a / b)))
+    if part.before.cov is not None and part.since.cov is not None:
+        size = part.before.cov.shape[-1]
+        groups = scale.reshape(-1, 1, size)
+        between = jnp.abs(part.before.cov - part.since.cov).reshape(-1, size, size)
+        correlations = (between * groups * groups.swapaxes(1, 2)).max(-1)
+        worst = jnp.maximum(worst, correlations.reshape(worst.shape))
     both, neither = (one.count > 0) & (other.count > 0), one.count + other.count == 0
     worst = jnp.where(both, worst, jnp.where(neither, -jnp.inf, jnp.inf))
     return worst.max(initial=-jnp.inf)

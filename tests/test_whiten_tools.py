@@ -17,7 +17,7 @@ from messages import check_message
 
 import bnjax.nnx
 from bnjax import WhitenState, fold, interop
-from bnjax.diagnostics import report
+from bnjax.diagnostics import Monitor, report
 from bnjax.linen import BatchNorm
 
 N, C, G = 48, 4, 2
@@ -91,7 +91,9 @@ def test_sharded_channels(devices):
     tolerances.assert_close(found, on_one_device(False), jnp.float32, N)
 
 
-@pytest.mark.parametrize("check_vma, method", [(True, "newton-schulz"), (False, "eigh")])
+@pytest.mark.parametrize(
+    "check_vma, method", [(True, "newton-schulz"), (True, "eigh"), (False, "eigh")]
+)
 def test_shard_map(check_vma, method, devices):
     mesh = jax.make_mesh((len(devices),), ("i",), axis_types=(AxisType.Auto,))
     norm = bnjax.whiten(G, momentum=0.5, method=method)
@@ -222,6 +224,26 @@ def test_recalibrate_functions():
     tolerances.assert_close(state.cov, expected, jnp.float32, N)
 
 
+def test_recalibrate_compares_covariances():
+    """Channels whose variances agree from the first batch on, but not how they move together."""
+    signs = [1, 1, 1, 1, -1, -1, -1, -1] + [1, -1] * 8
+    pair = np.repeat(RNG.normal(size=(1, 32, 2)), len(signs), 0)
+    batches = np.stack([pair[..., 0], np.transpose(signs)[:, None] * pair[..., 0]], -1).astype("f")
+    taken = []
+
+    def model(variables, x):
+        return bnjax.whiten(2).apply(*variables, x, False)
+
+    def run(tolerance):
+        taken.clear()
+        shown = (taken.append(b) or b for b in batches - batches.mean((0, 1)))
+        bnjax.recalibrate(model, bnjax.whiten(2).init(2), shown, tolerance=tolerance)
+        return len(taken)
+
+    assert run(0.5) == 16
+    assert run(2.5) == 8
+
+
 def test_recalibrate_modules():
     batches = [X[:24], X[24:]]
     layer = BatchNorm(True, norm=NORM)
@@ -249,10 +271,16 @@ def test_merge_states():
 
 
 def test_diagnostics():
-    """Reports have the layer as any other; monitors observe as they do."""
+    """Reports have the layer as any other; what a monitor records of y is the whitened one."""
     layer = BatchNorm(True, norm=NORM)
     variables = layer.init(jax.random.key(0), X)
     assert report(layer, variables, X).findings[0].cause == "never-updated"
+    monitor = Monitor(lambda v, x: NORM.apply(*v, x, True), every=1)
+    log = monitor.update(monitor.init((PARAMS, STATE)), (PARAMS, STATE), X)
+    (record,) = monitor.records(log, (PARAMS, STATE))
+    found = [record.per_channel[name] for name in ("low", "median", "high")]
+    y = NORM.apply(PARAMS, STATE, X, True)[0]
+    np.testing.assert_allclose(found, np.percentile(y, (15, 50, 85), axis=0), atol=1e-5)
 
 
 def test_folding_keeps_it():
