@@ -122,6 +122,14 @@ def static_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def state_type(state: Any, kind: type[tuple[Any, ...]], maker: str) -> None:
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`state` must be a {kind.__name__}, got {type(state).__name__}. "
+            f"Fix: params, state = {maker}.init(features)."
+        )
+
+
 def positive(name: str, value: Any) -> int:
     """A positive Python int."""
     if not _is_int(value):

@@ -79,11 +79,7 @@ def microbatches(steps: int, **options: Any) -> Norm:
     def apply(
         params: BNParams, state: MicrobatchState, x: jax.Array, train: bool | jax.Array, **call: Any
     ) -> tuple[jax.Array, MicrobatchState]:
-        if not isinstance(state, MicrobatchState):
-            raise TypeError(
-                f"`state` must be a MicrobatchState, got {type(state).__name__}. "
-                "Fix: params, state = microbatches(steps).init(features)."
-            )
+        _checks.state_type(state, MicrobatchState, f"microbatches({steps})")
         prepared = _layer.prepare(params, BNState(*state[:3]), x, train, **call)
         static = prepared.static
         if static.plan.train is False:

@@ -111,11 +111,7 @@ def whiten(
     def apply(
         params: BNParams, state: WhitenState, x: jax.Array, train: bool | jax.Array, **call: Any
     ) -> tuple[jax.Array, WhitenState]:
-        if not isinstance(state, WhitenState):
-            raise TypeError(
-                f"`state` must be a WhitenState, got {type(state).__name__}. "
-                f"Fix: params, state = whiten({group_size}).init(features)."
-            )
+        _checks.state_type(state, WhitenState, f"whiten({group_size})")
         prepared = _layer.prepare(params, BNState(*state[:3]), x, train, **call)
         _check(prepared, group_size, state, call["momentum"])
         static = prepared.static, Root(method, iterations)

@@ -231,7 +231,7 @@ REFUSED = {
     ),
     "state": (
         lambda: NORM.apply(PARAMS, BNState(*STATE[:3]), X, True),
-        (TypeError, "state", "a MicrobatchState", "BNState", "microbatches(steps).init"),
+        (TypeError, "state", "a MicrobatchState", "BNState", "microbatches(2).init"),
     ),
     "shape": (
         lambda: NORM.apply(PARAMS, STATE._replace(part_var=jnp.ones(1)), X, True),
