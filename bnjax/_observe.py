@@ -83,6 +83,11 @@ class Seen(NamedTuple):
     def moments(self) -> BatchMoments:
         return BatchMoments(*self[:4])
 
+    @classmethod
+    def names(cls, with_cov: bool) -> tuple[str, ...]:
+        """Of the fields that are there."""
+        return cls._fields if with_cov else cls._fields[:-1]
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -105,7 +110,7 @@ def nothing(mean: jax.Array, cov: jax.Array | None = None) -> Seen:
     """Before the first call of a layer; of one that whitens, where its covariances are given."""
     # Counts and sums, which narrow statistics cannot hold.
     zeros = jnp.zeros_like(mean, _checks.compute_dtype(jnp.result_type(mean)))
-    found = Seen(*[zeros] * (len(Seen._fields) - 1))
+    found = Seen(*[zeros] * len(Seen.names(with_cov=False)))
     if cov is None:
         return found
     return found._replace(cov=jnp.zeros((*zeros.shape, cov.shape[-1]), zeros.dtype))
@@ -152,7 +157,7 @@ def observing(norm: Norm, mode: Mode) -> Norm:
     kind, own = _flat(given, with_cov), len(given._fields)
 
     def flat(state: Any, seen: Seen) -> Any:
-        return kind(*state, *(seen if with_cov else seen[:-1]))
+        return kind(*state, *seen[: len(Seen.names(with_cov))])
 
     def init(features: Any, **options: Any) -> tuple[BNParams, Any]:
         params, state = norm.init(features, **options)
@@ -176,8 +181,7 @@ def observing(norm: Norm, mode: Mode) -> Norm:
 
 @functools.cache
 def _flat(state: Any, with_cov: bool) -> Any:
-    seen = Seen._fields if with_cov else Seen._fields[:-1]
-    fields = [*state._fields, *(PREFIX + name for name in seen)]
+    fields = [*state._fields, *(PREFIX + name for name in Seen.names(with_cov))]
     return namedtuple(f"Observed{state.__name__}", fields)  # made at run time
 
 

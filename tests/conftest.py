@@ -5,6 +5,7 @@ jax reads the environment when it is imported, so this comes first.
 
 import os
 import sys
+import zlib
 
 if "jax" in sys.modules:
     raise RuntimeError(
@@ -31,6 +32,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_report_header():
     modules = (jax, jaxlib, flax, chex)
     return ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-in",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run every test, but of the cases of a parametrized one the first and about one in N",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    chance, begun, left_out = config.getoption("--one-in"), set(), []
+    if chance < 1:
+        raise pytest.UsageError(f"--one-in: must be at least 1, got {chance}.")
+    for item in list(items):
+        test = item.nodeid.split("[")[0]
+        # By its name: a case is in or out in all processes, whichever other tests are chosen.
+        if test in begun and zlib.crc32(item.nodeid.encode()) % chance:
+            items.remove(item)
+            left_out.append(item)
+        begun.add(test)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def _prepared(statistics: Any, mode: Mode) -> Any:
     for path, leaf in list(flat.items()):
         if path[-1] == "mean" and (*path[:-1], "var") in flat:
             cov = jax.tree.leaves(flat.get((*path[:-1], "cov")) if mode.cov else None)
-            for name in Seen._fields if cov else Seen._fields[:-1]:
+            for name in Seen.names(bool(cov)):
                 flat[*path[:-1], PREFIX + name] = jax.tree.map(
                     lambda v, name=name, cov=cov: getattr(_observe.nothing(v, *cov), name), leaf
                 )
