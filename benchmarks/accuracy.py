@@ -8,7 +8,7 @@ variance that one batch leaves when the old value has weight 0.
 """
 
 import numpy as np
-import tables
+import results
 from layers import EPSILON, Layer, available
 from other_layers import LAYERS
 
@@ -46,8 +46,8 @@ def main() -> None:
                     layer.name: f"{e[which]:.1e}" for layer, e in zip(layers, measured, strict=True)
                 }
                 rows.append({"n": n, "mean": f"{mean:g}", **cells})
-    tables.write("variance", variance)
-    tables.write("output", output)
+    results.write("variance", variance)
+    results.write("output", output)
 
 
 if __name__ == "__main__":

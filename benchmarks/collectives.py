@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import hlo
 import jax
 import jax.numpy as jnp
-import tables
+import results
 import ways
 
 from bnjax import BNParams, BNState
@@ -123,12 +123,12 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
-    tables.write("allreduces", list(on_cpu()))
+    results.write("allreduces", list(on_cpu()))
     version = libtpu()
     if version is None:
         print("libtpu is not installed: results/collectives.csv stays as it is.", file=sys.stderr)
         return
-    tables.write("collectives", list(on_tpu()), also=f"libtpu {version}")
+    results.write("collectives", list(on_tpu()), also=f"libtpu {version}")
 
 
 if __name__ == "__main__":

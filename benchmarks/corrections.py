@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tables
+import results
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -88,8 +88,8 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings(data=arguments.data, data_dir=arguments.data_dir)
     rows: list[dict[str, Any]] = []
-    if (tables.RESULTS / "corrections.csv").exists():
-        rows = [row for row in tables.read("corrections")[0] if row["data"] != settings.data]
+    if (results.RESULTS / "corrections.csv").exists():
+        rows = [row for row in results.read("corrections")[0] if row["data"] != settings.data]
     for number, (near, zero) in enumerate(observe(settings), start=1):
         more, about_zero = (~(c <= _moments._WELL_CONDITIONED) for c in (near, zero))
         rows.append(
@@ -103,7 +103,7 @@ def main() -> None:
                 "largest mean / deviation": f"{np.sqrt(zero.max()):.1f}",
             }
         )
-    tables.write("corrections", rows)
+    results.write("corrections", rows)
 
 
 if __name__ == "__main__":

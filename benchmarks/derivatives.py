@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tables
+import results
 from layers import EPSILON, Bnjax, Linen, available
 
 jax.config.update("jax_enable_x64", True)  # for the truth; float32 inputs stay float32
@@ -72,7 +72,7 @@ def main() -> None:
                 for name, values in measured.items()
             }
             rows.append({"mean": f"{mean:g}", "quantity": quantity, **cells})
-    tables.write("derivatives", rows)
+    results.write("derivatives", rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import hlo
 import jax
 import numpy as np
-import tables
+import results
 import ways
 
 DEVICES = (2, 4, 8)
@@ -200,7 +200,7 @@ def main() -> None:
         return
     os.environ.update(_environment(os.environ))
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    tables.write("devices", rows())
+    results.write("devices", rows())
 
 
 if __name__ == "__main__":

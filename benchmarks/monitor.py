@@ -14,7 +14,7 @@ import hlo
 import jax
 import jax.numpy as jnp
 import optax
-import tables
+import results
 from tracing import MLP
 
 from bnjax._diagnostics.monitor import Monitor
@@ -179,7 +179,7 @@ def row(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    tables.write("monitor", [row(name) for name in MODELS])
+    results.write("monitor", [row(name) for name in MODELS])
 
 
 if __name__ == "__main__":

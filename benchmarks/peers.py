@@ -19,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import probes
-import tables
+import results
 from layers import EquinoxBatch, available
 from other_layers import LAYERS
 
@@ -102,7 +102,7 @@ def main() -> None:
         for layer in layers:
             masks = rows.get("mask", {}).get(layer.name) != "no"
             rows[key][layer.name] = answer(key, probe, layer, masks)
-    tables.write("peers", list(rows.values()))
+    results.write("peers", list(rows.values()))
 
 
 if __name__ == "__main__":

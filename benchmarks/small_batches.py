@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tables
+import results
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -151,7 +151,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    tables.write(
+    results.write(
         "small-batches", rows(), f"{STEPS} steps of Adam at {LEARNING_RATE}, {SEEDS} seeds"
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tables
+import results
 from flax import linen
 
 import bnjax
@@ -102,7 +102,7 @@ def main() -> None:
         }
         print(*row.values(), flush=True)
         rows.append(row)
-    tables.write("speed", rows)
+    results.write("speed", rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tables
+import results
 from flax import nnx
 
 import bnjax.linen
@@ -151,7 +151,7 @@ def main() -> None:
             row[phase] = f"{statistics.median(ratios):.2f}"
         print(*row.values(), flush=True)
         rows.append(row)
-    tables.write("tracing", rows)
+    results.write("tracing", rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import collectives  # noqa: E402
 import devices  # noqa: E402
 import hlo  # noqa: E402
 import monitor  # noqa: E402
-import tables  # noqa: E402
+import results  # noqa: E402
 import ways  # noqa: E402
 
-__all__ = ["FOLDER", "claims", "collectives", "devices", "hlo", "monitor", "tables", "ways"]
+__all__ = ["FOLDER", "claims", "collectives", "devices", "hlo", "monitor", "results", "ways"]

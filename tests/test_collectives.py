@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from benchmark_scripts import FOLDER, collectives, hlo, tables, ways
+from benchmark_scripts import FOLDER, collectives, hlo, results, ways
 
 
 def backward_floats(way):
@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_channels(way, masked, rows, channels, devices):
 
 
 def test_the_table_of_all_ways():
-    rows, _ = tables.read("allreduces")
+    rows, _ = results.read("allreduces")
     assert_complete(rows, ways.WAYS, [collectives.CPU_DEVICES], [ways.C])
     for row in rows:
         assert_formula(row)
@@ -57,7 +57,7 @@ def test_the_table_of_all_ways():
 
 def test_the_table_of_topologies():
     """Up to 256 devices: the bytes do not depend on their number."""
-    rows, _ = tables.read("collectives")
+    rows, _ = results.read("collectives")
     assert max(collectives.TOPOLOGIES) == 256
     names = collectives.TPU_WAYS, collectives.TOPOLOGIES, collectives.CHANNELS
     assert_complete(rows, *names)

@@ -9,7 +9,7 @@ import pytest
 import reference
 import tolerances
 from benchmark_scripts import devices as script
-from benchmark_scripts import tables, ways
+from benchmark_scripts import results, ways
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
@@ -77,7 +77,7 @@ def test_one_device(grid):
 
 def test_the_table():
     """That of the script, on all devices and in several processes: complete, rounding only."""
-    rows, _ = tables.read("devices")
+    rows, _ = results.read("devices")
     names = [(row["way"], row["mask"], row["quantity"]) for row in rows]
     assert names == [(w, m, q) for w in ways.WAYS for m in script.MASKS for q in script.QUANTITIES]
     for row in rows:

@@ -11,7 +11,7 @@ import optax
 import pytest
 import reference
 import tolerances
-from benchmark_scripts import tables, ways
+from benchmark_scripts import results, ways
 from flax import nnx
 from messages import check_message
 
@@ -313,7 +313,7 @@ def test_small_batches():
     # With bn_apply as with chance: 0.1.
     found = small_batches.accuracies("renorm()", small_batches.KINDS[1], steps=300, seeds=2)
     assert found.min() > 0.2, found
-    table = {row["batches of 4"]: row for row in tables.read("small-batches")[0]}
+    table = {row["batches of 4"]: row for row in results.read("small-batches")[0]}
     assert list(table) == list(small_batches.WAYS)
     for kind in small_batches.KINDS:
         plain, corrected = (
