@@ -202,9 +202,9 @@ def regularizes(rows: Rows) -> Found:
         }
         gaps = " and ".join(percent(none[n], "accuracy_gap") for n in NETWORKS)
         losses = " and ".join(number(none[n], "loss_gap") for n in NETWORKS)
-        tests = " and ".join(f"{percent(none[n])} ({none[n]['rate']})" for n in NETWORKS)
+        tests = " and ".join(f"{percent(none[n])} ({_rate(none[n], rows)})" for n in NETWORKS)
         most = ", ".join(
-            f"{percent(r)} {n} ({r['regularization']}, rate {r['rate']})" for n, r in tops.items()
+            f"{percent(r)} {n} ({r['regularization']}, {_rate(r, rows)})" for n, r in tops.items()
         )
         words.append(
             f"{activation}: alone gap {gaps} with and without, in the loss {losses} nats; test "
@@ -212,6 +212,13 @@ def regularizes(rows: Rows) -> Found:
         )
     note = f"{of_seeds(rows)}, each at its best rate by test accuracy"
     return f"{'. '.join(words)} ({note})", parts
+
+
+def _rate(row: Row, rows: Rows) -> str:
+    """In words, and whether a higher one may be better."""
+    tried = {float(r["rate"]) for r in rows if r["activation"] == row["activation"]}
+    highest = len(tried) > 1 and float(row["rate"]) == max(tried)
+    return f"rate {row['rate']}" + (", the highest tried" if highest else "")
 
 
 # claim -> the experiments, the claim in words, what judges it

@@ -239,8 +239,8 @@ def regularize(rows: list[Row], gradients: list[Row], summary: list[Row], title:
     for axes in panels.flat:
         plain(axes, yticks=range(len(names)), yticklabels=names)
     panels[0, 0].invert_yaxis()
-    panels[-1, 0].set_xlabel("gap: training less test accuracy (percentage points)")
-    panels[-1, 1].set_xlabel("test accuracy (%), beside it the best learning rate")
+    panels[-1, 0].set_xlabel("gap: training less test accuracy (points)")
+    panels[-1, 1].set_xlabel("test accuracy (%), and its learning rate")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

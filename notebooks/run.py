@@ -78,6 +78,9 @@ def main() -> int:
     os.environ.pop("BNJAX_SHORT", None)
     if options.short:
         os.environ["BNJAX_SHORT"] = "1"
+        # Most of a short run is compilation.
+        flags = os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"
+        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     options.to.mkdir(parents=True, exist_ok=True)
     for name in names:
         began = time.perf_counter()
