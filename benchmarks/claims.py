@@ -63,12 +63,18 @@ def anchor(heading: str) -> str:
     return urllib.parse.quote(heading.replace(" ", "-"))
 
 
+def with_parts(row: dict[str, str]) -> str:
+    """A verdict of paper_mnist.py, and how many of its parts hold."""
+    answers = [part.rsplit(": ", 1)[1] for part in row["parts"].split("; ")]
+    return f"{row['verdict']} ({answers.count('yes')} of {len(answers)} parts)"
+
+
 def rows(at_length: list[dict[str, str]]) -> list[dict[str, str]]:
     """A row for each claim; `at_length`: verdicts on more data, after longer training."""
     found = saved()
     if missing := sorted(set(CLAIMS) - set(found)):
         raise ClaimError(f"no notebook has a verdict on the claims {missing}. Run make notebooks.")
-    longer = {int(row["claim"]): row["verdict"] for row in at_length}
+    longer = {int(row["claim"]): with_parts(row) for row in at_length}
     shown = []
     for number, record in found.items():
         verdict = f"[{record['verdict']}]({record['link']})"

@@ -92,9 +92,13 @@ def verdicts() -> str:
 
 def paper() -> str:
     """What examples/paper_mnist.py found."""
-    rows = example("paper_mnist", "claims.csv")
-    for row in rows:
-        row["claim"] += f". {row.pop('text')}"
-        answers = [part.rsplit(": ", 1)[1] for part in row.pop("parts").split("; ")]
-        row["verdict"] += f" ({answers.count('yes')} of {len(answers)} parts)"
-    return markdown(rows)
+    return markdown(
+        [
+            {
+                "claim": f"{row['claim']}. {row['text']}",
+                "measured": row["measured"],
+                "verdict": claims.with_parts(row),
+            }
+            for row in example("paper_mnist", "claims.csv")
+        ]
+    )

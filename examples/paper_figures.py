@@ -188,7 +188,7 @@ def curves(rows: list[Row], gradients: list[Row], summary: list[Row], title: str
         accuracy_axis(axes)
         axes.set_ylim(0.9, 0.992)
         marks = [network for network in NETWORKS if best[network] == rate]
-        note = f" (best {' and '.join(marks)})" if marks else ""
+        note = f" (best {' and '.join(marks)})" if marks and len(labels) > 1 else ""
         plain(axes, title=f"learning rate {rate}{note}")
     panels[0].set_ylabel("test accuracy")
     panels[-1].legend(fontsize=8, loc="lower right")

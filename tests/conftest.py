@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"--one-in: must be at least 1, got {chance}.")
     for item in list(items):
         test = item.nodeid.split("[")[0]
-        # By its name: a case is in or out in all processes, whichever other tests are chosen.
+        # By its name: a case is in or out in all processes.
         if test in begun and zlib.crc32(item.nodeid.encode()) % chance:
             items.remove(item)
             left_out.append(item)
