@@ -26,7 +26,7 @@ import data
 from train_mlp import Settings, TrainState, create_states, train_step
 from training import batch_indices
 
-from bnjax import _moments
+from bnjax import _moments, _sums
 from bnjax._reduce import Reduction
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     if (results.RESULTS / "corrections.csv").exists():
         rows = [row for row in results.read("corrections")[0] if row["data"] != settings.data]
     for number, (near, zero) in enumerate(observe(settings), start=1):
-        more, about_zero = (~(c <= _moments._WELL_CONDITIONED) for c in (near, zero))
+        more, about_zero = (~(c <= _sums.WELL_CONDITIONED) for c in (near, zero))
         rows.append(
             {
                 "data": settings.data,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bnjax import _merge, _moments, _placement, _reduce
+from bnjax import _merge, _moments, _placement, _reduce, _sums
 from bnjax._moments import BatchMoments
 from bnjax._reduce import Reduction
 
@@ -93,7 +93,7 @@ def covariances(r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Ar
     """cov = sum((x - mean) (x - mean)^T) / n of each group; `near` guesses the mean."""
     near = _reduce.shared(r, x, _reduce.finite_or_zero(near))
     a_pass: Any = functools.partial(_reduce.compiled(_pass, r.axis_name is not None), r, x, mask)
-    found: Any = _moments.refined(a_pass, near)
+    found: Any = _moments.refined(a_pass, a_pass(near, None))
     return found
 
 
@@ -118,7 +118,7 @@ def _pass(
     near: jax.Array,
     known: jax.Array | None = None,
 ) -> Covariances:
-    shift, _ = _moments.split(near, near, bits_less=1)
+    shift, _ = _sums.split(near, near, bits_less=1)
     apart = _reduce.deviation(r, x, mask, shift)
     vectors = [_reduce.sum_over(apart, r)]
     if known is None and mask is not None:
@@ -146,7 +146,7 @@ def centred_tangent(
     """dmean = mean(dx), dcov = S + S^T, S = mean((x - mean) centred^T); and mean(centred)."""
     dx, centred = _reduce.kept(dx, mask), _reduce.kept(centred, mask)
     n = _reduce.at_least_one(m.count, dx.dtype)
-    shift, offset = _moments.split(m.shift, m.offset, bits_less=2)
+    shift, offset = _sums.split(m.shift, m.offset, bits_less=2)
     deviation = _reduce.deviation(r, x, mask, shift)
     vectors = [_reduce.sum_over(dx, r), _reduce.sum_over(centred, r)]
     product, vectors = _summed(r, _gram(r, deviation, centred), vectors)

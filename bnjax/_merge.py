@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _moments, _placement, _reduce
+from bnjax import _moments, _placement, _reduce, _sums
 from bnjax._moments import BatchMoments
 from bnjax._reduce import Reduction
 from bnjax._types import Moments
@@ -70,7 +70,7 @@ def union(parts: BatchMoments) -> BatchMoments:
     share = parts.count / _reduce.spread(jnp.where(count == 0, 1, count), (0,))
     # Without influence on the result beyond rounding, hence without derivative.
     mean = lax.stop_gradient((share * (shift + offset)).sum(0))
-    near, _ = _moments.split(mean, mean, bits_less=1)
+    near, _ = _sums.split(mean, mean, bits_less=1)
     apart = shift - _reduce.spread(near, (0,)) + offset
     rest = (share * apart).sum(0)
     apart = apart - _reduce.spread(rest, (0,))
@@ -95,7 +95,8 @@ def merge_over(r: Reduction, parts: BatchMoments, near: jax.Array) -> BatchMomen
     result beyond rounding; another about the mean found, only where the guess was far off.
     """
     near = _reduce.shared(r, parts.offset, _reduce.finite_or_zero(near))
-    return _moments.refined(functools.partial(_pass, r, parts), near)
+    a_pass = functools.partial(_pass, r, parts)
+    return _moments.refined(a_pass, a_pass(near, None))
 
 
 @merge_over.defjvp

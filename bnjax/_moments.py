@@ -16,13 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _checks, _placement, _reduce
+from bnjax import _checks, _placement, _reduce, _sums
 from bnjax._reduce import Reduction
 from bnjax._types import Moments
 
-# A variance errs by about (1 + offset**2/var) roundings. At an offset of three
-# deviations that measured at most a third of the bound in tests/tolerances.py.
-_WELL_CONDITIONED = 9.0
 # One to come back from a shift that is of no use, one about the mean then found.
 _MORE_PASSES = 2
 
@@ -97,27 +94,37 @@ def _about_zero(r: Reduction, x: jax.Array, mask: jax.Array | None) -> Moments:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def batch_moments(
-    r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array
+    r: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    near: jax.Array,
+    spread: jax.Array | None = None,
 ) -> BatchMoments:
     """The one implementation of moments; `moments` is its public face.
 
-    `near` guesses the mean, as the running mean does. It saves a pass, and has no
-    influence on the result beyond rounding, hence no derivative.
+    `near` guesses the mean, as the running mean does, and `spread` the variance. They save
+    time, and have no influence on the result beyond rounding, hence no derivative.
     """
     near = _reduce.finite_or_zero(near)
     # The same function twice: traced once.
     a_pass = functools.partial(_reduce.compiled(_pass, r.axis_name is not None), r)
+    if _sums.are_few(r, x, mask):
+        return a_pass(x, None, _sums.first_entry(r, x))
     if r.branches:
-        return refined(functools.partial(a_pass, x, mask), _reduce.shared(r, x, near))
+        near = _reduce.shared(r, x, near)
+        if spread is not None:
+            spread = _reduce.shared(r, x, spread)
+        first = a_pass(x, mask, near, None, spread)
+        return refined(functools.partial(a_pass, x, mask), first)
     sample = _sample(r, x) if mask is None else x
     m = a_pass(sample, mask, lax.full_like(near, 0))
     return a_pass(x, mask, _reduce.finite_or_zero(m.shift + m.offset))
 
 
 def refined(
-    a_pass: Callable[[jax.Array, jax.Array | None], BatchMoments], near: jax.Array
+    a_pass: Callable[[jax.Array, jax.Array | None], BatchMoments], first: BatchMoments
 ) -> BatchMoments:
-    """The pass about `near`; again about the mean found, where that was far from it.
+    """The first pass; again about the mean it found, where that was far from its shift.
 
     Further passes are given the count, which takes no collective a second time.
     """
@@ -126,7 +133,7 @@ def refined(
         i, m = carry
         # Written so that NaN and overflow count as ill-conditioned; in lax, since to
         # trace the operators of jnp takes several times as long.
-        enough = lax.full_like(m.var, _WELL_CONDITIONED) * m.var
+        enough = lax.full_like(m.var, _sums.WELL_CONDITIONED) * m.var
         ill = lax.bitwise_not(lax.le(m.offset * m.offset, enough))
         any_ill = lax.reduce_or(ill, axes=tuple(range(ill.ndim)))
         return lax.bitwise_and(lax.lt(i, jnp.int32(_MORE_PASSES)), any_ill)
@@ -139,8 +146,8 @@ def refined(
         sound = lax.bitwise_and(lax.is_finite(mean), lax.le(lax.abs(m.shift), limit))
         return i + 1, a_pass(_reduce.where(sound, mean, 0), m.count)
 
-    steps = _placement.as_features(jnp.int32(0), near, ())
-    return lax.while_loop(more, again, (steps, a_pass(near, None)))[1]
+    steps = _placement.as_features(jnp.int32(0), first.shift, ())
+    return lax.while_loop(more, again, (steps, first))[1]
 
 
 def _sample(r: Reduction, x: jax.Array) -> jax.Array:
@@ -157,8 +164,8 @@ def _sample(r: Reduction, x: jax.Array) -> jax.Array:
 def _batch_moments_jvp(
     r: Reduction, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[BatchMoments, BatchMoments]:
-    x, mask, near = primals
-    out = batch_moments(r, x, mask, near)
+    x, mask, near, *spread = primals
+    out = batch_moments(r, x, mask, near, *spread)
     tangent = jax.checkpoint(functools.partial(_moments_tangent, r), prevent_cse=False)
     return out, tangent(x, mask, out, tangents[0])
 
@@ -169,21 +176,18 @@ def _pass(
     mask: jax.Array | None,
     near: jax.Array,
     known: jax.Array | None = None,
+    spread: jax.Array | None = None,
 ) -> BatchMoments:
     """Moments from the sums of x - shift and (x - shift)**2, for a shift near `near`.
 
-    `known`: the count, if it is.
+    `known`: the count, if it is. `spread`: a guess of the variance.
     """
-    shift, _ = split(near, near, bits_less=1)
-    first = _reduce.deviation(r, x, mask, shift)
-    other, ahead = split(near, shift - near, bits_less=2)
-    second = _reduce.deviation(r, x, mask, other)
-    sums = [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+    shift, other, sums = _sums.about(r, x, mask, near, spread)
     count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums, known)
-    n = _reduce.at_least_one(count, total.dtype)
-    offset = total / n
-    apart = offset + ahead
-    var = square / n - apart * apart
+    share = 1 / _reduce.at_least_one(count, total.dtype)
+    offset = total * share
+    away = offset + (shift - other)
+    var = square * share - away * away
     var = lax.max(var, lax.full_like(var, 0))
     count = _placement.as_features(jnp.asarray(count, total.dtype), total, ())
     return BatchMoments(shift, offset, var, count)
@@ -206,15 +210,15 @@ def centred_tangent(
 ) -> tuple[BatchMoments, jax.Array]:
     """dmean = mean(dx), dvar = 2 * mean((x - mean) * centred), and mean(centred)."""
     dx, centred = _reduce.kept(dx, mask), _reduce.kept(centred, mask)
-    n = _reduce.at_least_one(m.count, dx.dtype)
-    shift, offset = split(m.shift, m.offset, bits_less=2)
+    share = 1 / _reduce.at_least_one(m.count, dx.dtype)
+    shift, offset = _sums.another(x, m.shift, m.offset, bits_less=2)
     deviation = _reduce.deviation(r, x, mask, shift)
     sums = [
         _reduce.sum_over(dx, r),
         _reduce.sum_over(centred, r),
         _reduce.sum_over(deviation * centred, r),
     ]
-    dmean, residue, product = (total / n for total in _reduce.psum(r, sums))
+    dmean, residue, product = (total * share for total in _reduce.psum(r, sums))
     dvar = 2 * (product - offset * residue)
     # The mean's two parts have one tangent; the count has none.
     tangent = BatchMoments(dmean, lax.full_like(dmean, 0), dvar, lax.full_like(m.count, 0))
@@ -241,21 +245,7 @@ def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None) -> jax.Array:
     def solve(_: Any, dx: jax.Array) -> jax.Array:
         sums = [_reduce.sum_over(_reduce.kept(dx, mask), r)]
         n, (total,) = _reduce.synchronise(r, dx.shape, mask, sums)
-        c, _ = split(total / _reduce.at_least_one(n, total.dtype), total, bits_less=1)
+        c, _ = _sums.split(total / _reduce.at_least_one(n, total.dtype), total, bits_less=1)
         return dx - _reduce.spread(c, r.axes)
 
     return lax.custom_linear_solve(lambda v: v, dx, solve=solve, transpose_solve=lambda _, ct: ct)
-
-
-def split(mean: jax.Array, rest: jax.Array, bits_less: int) -> tuple[jax.Array, jax.Array]:
-    """(shift, offset) with shift + offset = mean + rest; the shift has a few bits less.
-
-    What is subtracted from `x` must be the same number in every use. A compiler may
-    evaluate x - total / n with one rounding, in some uses and not in others: at a
-    mean of 1e4 deviations they then differ by 5e-4 deviations. A shift of explicit
-    precision is one number. And uses with shifts of their own share no x - shift,
-    which XLA would write out in float32, to be read in the next sum or pass.
-    """
-    info = jnp.finfo(mean.dtype)
-    shift = lax.reduce_precision(mean, info.nexp, info.nmant - bits_less)
-    return shift, rest + (mean - shift)

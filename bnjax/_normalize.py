@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _moments, _placement, _reduce
+from bnjax import _moments, _placement, _reduce, _sums
 from bnjax._checks import compute_dtype
 from bnjax._moments import BatchMoments
 from bnjax._reduce import Reduction
@@ -95,7 +95,9 @@ def is_mapped(plan: Plan) -> bool:
 def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None, Coefficients]:
     moments = None
     if plan.train is not False:
-        moments = _moments.batch_moments(plan.reduction, inputs.x, inputs.mask, inputs.mean)
+        moments = _moments.batch_moments(
+            plan.reduction, inputs.x, inputs.mask, inputs.mean, inputs.var
+        )
     c = _coefficients(plan, inputs, moments)
     scale, bias = _corrected(c, inputs.scale, inputs.bias)
     a = c.inverse if scale is None else c.inverse * scale
@@ -175,14 +177,40 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
     da = -0.5 * a * (c.inverse * c.inverse) * (dvar + d.epsilon)
     if dscale is not None:
         da = da + dscale * c.inverse
-    shift, offset = _moments.split(c.shift, c.offset, bits_less=3)
+    shift, offset = _sums.another(x, c.shift, c.offset, bits_less=3)
     db = -dmean * a - offset * da
     if dbias is not None:
         db = db + dbias
     # Apart, since only what is linear in the tangents can be transposed.
     (shift, a), (da, db) = _spread(plan, x, shift, a), _spread(plan, x, da, db)
-    dy = dx * a + (finite(x, x, mask) - shift) * da + db
+    of_scale = (finite(_reduce.apart(x, shift), x, mask) - shift) * da
+    dy = dx * a + _widened_apart(plan, of_scale, 1) + _widened_apart(plan, db, 2, like=of_scale)
     return dy.astype(plan.dtype), dmoments
+
+
+def _widened_apart(
+    plan: Plan, dy: jax.Array, number: int, like: jax.Array | None = None
+) -> jax.Array:
+    """A part of dy, in the shape of `like`, whose cotangent is widened for it alone.
+
+    So are those of the parts that the backward pass sums: see `_reduce.apart`. A cotangent of
+    dy in the dtype of y loses nothing in it. The `number` tells the parts apart.
+    """
+    wide = dy.dtype
+    if compute_dtype(plan.dtype) == plan.dtype or plan.dtype == wide:
+        return dy
+
+    def transposed(_: Any, ct: jax.Array) -> jax.Array:
+        ct = ct.astype(plan.dtype)
+        for _ in range(number):
+            ct = _reduce.apart(ct)
+        return ct.astype(wide)
+
+    if like is not None:
+        dy = dy + lax.full_like(like, 0)
+    return lax.custom_linear_solve(
+        lambda v: v, dy, solve=lambda _, v: v, transpose_solve=transposed
+    )
 
 
 def finite(value: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _covariance, _moments, _normalize, _placement, _reduce
+from bnjax import _covariance, _moments, _normalize, _placement, _reduce, _sums
 from bnjax._covariance import EXACT, Covariances, Groups, diagonal, transposed, with_diagonal
 from bnjax._normalize import Inputs, Plan
 from bnjax._reduce import Reduction
@@ -139,7 +139,7 @@ def _tangent(
         matrix, dmatrix = scale[..., None] * matrix, scale[..., None] * dmatrix
         if d.scale is not None:
             dmatrix = dmatrix + d.scale[..., None] * c.root
-    shift, offset = _moments.split(c.shift, c.offset, bits_less=3)
+    shift, offset = _sums.split(c.shift, c.offset, bits_less=3)
     db = -_times(matrix, dmean) - _times(dmatrix, offset)
     if d.bias is not None:
         db = db + d.bias

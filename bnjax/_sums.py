@@ -1,0 +1,127 @@
+"""The sums that a pass over the data takes, and the shifts they are about.
+
+The same sums on all platforms; how they are written depends on the size of the array, and on
+CPUs on what running statistics say, since there it decides on their time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax import _placement, _reduce
+from bnjax._reduce import Reduction
+
+# A variance errs by about (1 + offset**2/var) roundings. At an offset of three
+# deviations that measured at most a third of the bound in tests/tolerances.py.
+WELL_CONDITIONED = 9.0
+# About any one of n entries the offset is at most sqrt(n - 1) deviations: for few, 64
+# roundings at most.
+_FEW = 64
+# Sizes of arrays: below the first it costs less to write x - shift out than to make it anew for
+# each sum, and from the second on it pays to branch between two kinds of sums.
+_SMALL, _LARGE = 1 << 15, 1 << 16
+
+Sums = tuple[jax.Array, jax.Array, list[jax.Array]]
+
+
+def about(
+    r: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    near: jax.Array,
+    spread: jax.Array | None,
+) -> Sums:
+    """Two shifts near `near`, the sum of x - shift, and that of (x - other)**2.
+
+    `spread`: a guess of the variance. Where 0 is by it a shift as good, it is taken on CPUs,
+    whose sums of x and x**2 take half the time.
+    """
+    shifted = functools.partial(_shifted, r)
+    if spread is None or not _is_large(x):
+        return shifted(x, mask, near)
+    found: Sums = lax.platform_dependent(
+        x, mask, near, spread, cpu=functools.partial(_on_cpu, r), default=shifted
+    )
+    return found
+
+
+def _shifted(
+    r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array, *_: jax.Array
+) -> Sums:
+    """Two shifts near `near`, the sum of x - shift, and that of (x - other)**2."""
+    if _is_small(x):
+        shift = other = near if are_few(r, x, mask) else split(near, near, bits_less=1)[0]
+    else:
+        shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
+    return shift, other, _shifted_sums(r, x, mask, shift, other)
+
+
+def _shifted_sums(
+    r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array, other: jax.Array
+) -> list[jax.Array]:
+    first, second = (_reduce.deviation(r, x, mask, s) for s in (shift, other))
+    return [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+
+
+def _on_cpu(
+    r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array, spread: jax.Array
+) -> Sums:
+    """`_shifted`, about 0 where no channel is ill-conditioned there."""
+    bound = lax.full_like(spread, WELL_CONDITIONED) * spread
+    at_zero = lax.reduce_and(lax.le(near * near, bound), axes=tuple(range(near.ndim)))
+    near = _reduce.where(lax.broadcast(lax.bitwise_not(at_zero), near.shape), near, 0)
+    shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
+
+    def plain(x: jax.Array, mask: jax.Array | None, *_: jax.Array) -> list[jax.Array]:
+        first, second = (_reduce.kept(_reduce.promoted(v), mask) for v in (x, _reduce.apart(x)))
+        return [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+
+    shifted = functools.partial(_shifted_sums, r)
+    return shift, other, lax.cond(at_zero, plain, shifted, x, mask, shift, other)
+
+
+def are_few(r: Reduction, x: jax.Array, mask: jax.Array | None) -> bool:
+    """Whether any entry is a shift as good as the mean, and the first is at hand."""
+    if mask is not None or r.axis_name is not None or not r.axes:
+        return False
+    if any(_placement.shards(x, a) > 1 for a in r.axes):
+        return False
+    count = _reduce.static_count(r, x.shape)
+    return isinstance(count, int) and 0 < count < _FEW
+
+
+def first_entry(r: Reduction, x: jax.Array) -> jax.Array:
+    for axis in r.axes:
+        x = lax.slice_in_dim(x, 0, 1, axis=axis)
+    return _reduce.promoted(lax.squeeze(x, r.axes))
+
+
+def _is_large(x: jax.Array) -> bool:
+    return isinstance(x.size, int) and x.size >= _LARGE
+
+
+def _is_small(x: jax.Array) -> bool:
+    return isinstance(x.size, int) and x.size < _SMALL
+
+
+def another(
+    x: jax.Array, shift: jax.Array, offset: jax.Array, bits_less: int
+) -> tuple[jax.Array, jax.Array]:
+    """A shift for another use of `x`, and its offset: the same for a small array."""
+    return (shift, offset) if _is_small(x) else split(shift, offset, bits_less)
+
+
+def split(mean: jax.Array, rest: jax.Array, bits_less: int) -> tuple[jax.Array, jax.Array]:
+    """(shift, offset) with shift + offset = mean + rest; the shift has a few bits less.
+
+    What is subtracted from `x` must be the same number in every use. A compiler may
+    evaluate x - total / n with one rounding, in some uses and not in others: at a
+    mean of 1e4 deviations they then differ by 5e-4 deviations. A shift of explicit
+    precision is one number. And uses with shifts of their own share no x - shift,
+    which XLA would write out in float32, to be read in the next sum or pass.
+    """
+    info = jnp.finfo(mean.dtype)
+    shift = lax.reduce_precision(mean, info.nexp, info.nmant - bits_less)
+    return shift, rest + (mean - shift)
