@@ -101,6 +101,12 @@ def _groups(x: jax.Array, axes: tuple[int, ...], size: int, uneven: bool) -> _Gr
         )
     examples = x.shape[axes[0]]
     if examples % size and not uneven:
+        if not isinstance(examples, int):  # of jax.export
+            raise ValueError(
+                f"`size` must divide the examples along axis {axes[0]} of `x`, got {size} and the "
+                f"symbolic number {examples}. Fix: jax.export.symbolic_shape('{size}*groups'), or "
+                f"ghost({size}, uneven=True), whose last group is smaller."
+            )
         fits = math.gcd(examples, size)
         raise ValueError(
             f"`size` must divide the {examples} examples along axis {axes[0]} of `x`, got {size}. "

@@ -40,8 +40,9 @@ def save_inputs(primitive: Any, *operands: Any, **options: Any) -> bool:
       TypeError: called without what JAX gives.
 
     Note:
-      Leave `prevent_cse` as it is: without it XLA finds both computations of y to be one and
-      keeps y, except in the body of a `lax.scan`. Names for policies of your own:
+      This is for GPUs. XLA for TPU recomputes y inside the next convolution by itself, and
+      XLA for the CPU finds both computations of y to be one: there it saves nothing. Leave
+      `prevent_cse` as it is: without it a GPU keeps y too. Names for policies of your own:
       "bnjax_input" and "bnjax_moments".
 
     Example:

@@ -75,7 +75,9 @@ def _on_cpu(
     shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
 
     def plain(x: jax.Array, mask: jax.Array | None, *_: jax.Array) -> list[jax.Array]:
-        first, second = (_reduce.kept(_reduce.promoted(v), mask) for v in (x, _reduce.apart(x)))
+        once = _reduce.apart(x)
+        uses = once, _reduce.apart(once)
+        first, second = (_reduce.kept(_reduce.promoted(v), mask) for v in uses)
         return [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
 
     shifted = functools.partial(_shifted_sums, r)

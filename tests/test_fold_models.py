@@ -238,3 +238,18 @@ def test_nnx_wants_a_module():
 def test_flax_is_not_imported():
     code = "import sys, bnjax.fold; assert 'flax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_nnx_model_of_numpy_arrays_is_not_changed():
+    """As a checkpoint may restore it."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs))
+    model(jax.random.normal(jax.random.key(0), (8, 3)) * 3 + 1)
+    model.eval()
+    graph, variables = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(np.array, variables))
+    before, x = jax.tree.map(np.copy, nnx.state(model)), jnp.ones((2, 3))
+    folded = fold.nnx(model, x)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(new, old)
+    np.testing.assert_allclose(folded.model(x), model(x), atol=1e-5)

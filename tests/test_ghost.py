@@ -10,6 +10,7 @@ import reference
 import tolerances
 from benchmark_scripts import hlo
 from flax import nnx
+from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from messages import check_message
 
@@ -308,3 +309,28 @@ def test_inference_and_empty_batches():
     y, new = GHOST.apply(PARAMS, STATE, X[:0], True)
     assert y.shape == (0, C)
     np.testing.assert_array_equal(new, STATE)
+
+
+@pytest.mark.parametrize("shape, uneven, examples", [("4*groups", False, 8), ("batch", True, 9)])
+def test_symbolic_batches(shape, uneven, examples):
+    """Of jax.export: any number of groups, or of examples where they may be uneven."""
+    norm = bnjax.ghost(4, uneven=uneven)
+    params, state = norm.init(3)
+
+    def function(x):
+        y, new = norm.apply(params, state, x, True)
+        return y, tuple(new)
+
+    x = jax.random.normal(jax.random.key(0), (examples, 3))
+    (batch,) = export.symbolic_shape(shape)
+    given = jax.ShapeDtypeStruct((batch, 3), x.dtype)
+    found = export.export(jax.jit(function))(given).call(x)
+    tolerances.assert_close(found, jax.jit(function)(x), jnp.float32, examples)
+
+
+def test_a_symbolic_batch_that_may_be_uneven_is_refused():
+    norm = bnjax.ghost(4)
+    params, state = norm.init(3)
+    given = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"symbolic number batch.*'4\*groups'"):
+        jax.eval_shape(lambda x: norm.apply(params, state, x, True)[0], given)

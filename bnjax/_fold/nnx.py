@@ -73,9 +73,10 @@ def fold(
         kernel, bias = models.fold_parameters(
             path, call.layer, values["kernel"], values.get("bias"), affines
         )
-        layer.kernel[...] = kernel
+        # By set_value: [...] would write into a NumPy array that the given model shares.
+        layer.kernel.set_value(kernel)
         if "bias" in values:
-            layer.bias[...] = bias
+            layer.bias.set_value(bias)
         else:
             layer.bias, layer.use_bias = nnx.Param(bias), True
     for f in folds:
