@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-cnn train-multihost train-test-gap paper notebooks test test-all test-torch lint format bench clean FORCE
+.PHONY: help train train-cnn train-multihost train-test-gap export paper notebooks test test-all test-torch lint format bench bench-full bench-programs counts clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ train-multihost: $(READY) ## Train on all devices, ARGS="--local-processes 2 ...
 
 train-test-gap: $(READY) ## Plant, find and cure each cause of a gap between training and evaluation
 	$(RUN) examples/train_test_gap.py $(ARGS)
+
+export: $(READY) ## Export a trained network to one file, ARGS="--run-dir runs/mlp-001 --folded"
+	$(RUN) examples/export_model.py $(ARGS)
 
 paper: $(READY) ## Run the long experiments, ARGS="--data mnist --data-dir DIR" or "--scale 0.01"
 	$(RUN) examples/paper_mnist.py $(ARGS)
@@ -59,12 +62,30 @@ format: $(READY) ## Rewrite the files in the checked format
 	$(RUN) -m ruff format
 	$(RUN) -m ruff check --fix
 
-bench: $(READY) ## Compare with other implementations; writes benchmarks/results and the README
+bench: $(READY) ## Compare with other implementations: accuracy, and times of few shapes, in minutes
+	@$(INSTALL) -e '.[benchmarks]'
+	for s in accuracy derivatives peers "speed --quick" "steps --quick" "dispatch --quick"; do \
+	  set -- $$s; KERAS_BACKEND=jax $(RUN) benchmarks/$$1.py $$2 || exit 1; \
+	done
+	$(RUN) benchmarks/tables.py
+
+bench-full: $(READY) ## All of it, about an hour; writes benchmarks/results, figures and the README
 	@$(INSTALL) -e '.[benchmarks,tpu]'
-	for s in accuracy derivatives peers speed corrections small_batches tracing devices collectives monitor; do \
+	for s in accuracy derivatives peers speed steps dispatch tracing figures \
+	  corrections small_batches devices collectives monitor; do \
 	  KERAS_BACKEND=jax $(RUN) benchmarks/$$s.py || exit 1; \
 	done
 	$(RUN) benchmarks/tables.py
+
+bench-programs: $(READY) ## Count what programs compiled for a CPU, a TPU and a GPU move and keep
+	@$(INSTALL) -e '.[peers]'
+	$(RUN) benchmarks/counts.py
+	$(MAKE) counts VENV="$(VENV)-tpu" EXTRAS=peers,tpu ARGS="--platform tpu"
+	$(MAKE) counts VENV="$(VENV)-cuda" EXTRAS=peers,cuda ARGS="--platform cuda"
+	$(RUN) benchmarks/tables.py
+
+counts: $(READY)
+	$(RUN) benchmarks/counts.py $(ARGS)
 
 clean: ## Delete the environment, caches and builds; runs/ stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,8 +1,9 @@
 """The layers that are compared, behind one interface.
 
-All normalize arrays of shape [n, C] over n. `variables` is what a layer stores, as
-a pytree, and `apply` is a pure function of it, for torch as far as torch has one.
-Every layer runs as it comes; only momentum, epsilon and dtypes are set.
+All normalize arrays of shape [n, C] over n, and images with the channels last, or second with
+`axis=1`. `variables` is what a layer stores, in two pytrees, what is trained and what is carried,
+and `apply` is a pure function of it, for torch as far as torch has one. Every layer runs as it
+comes; only momentum, epsilon, axis and dtypes are set.
 """
 
 import importlib.metadata
@@ -10,7 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -24,8 +25,17 @@ EPSILON = 1e-5
 Statistics = tuple[np.ndarray, np.ndarray]
 
 
+class Options(NamedTuple):
+    channels: int
+    momentum: Any = 0.9  # weight of the old value, for all of them
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    axis_name: Any = None
+    axis: int = -1  # of the channels: the last, or 1
+
+
 class Layer:
-    """A layer of JAX. `momentum` is the weight of the old value, for all of them."""
+    """A layer of JAX, made with `Options`."""
 
     name = ""  # of the column
     module = ""  # to import
@@ -33,8 +43,16 @@ class Layer:
     unbiased = False  # whether the running variance takes n/(n-1)
     variables: Any
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.options = Options(*args, **options)
+        self.variables = self.build(self.options)
+
+    def build(self, o: Options) -> Any:
+        """`(trained, carried)`, as the layer starts."""
+        raise NotImplementedError
+
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
-        """`(y, new variables)`; `mask` has shape [n], or that of `x`."""
+        """`(y, new variables)`; `mask` has shape [n], or the rank of `x`."""
         raise NotImplementedError
 
     def running(self, variables: Any) -> Statistics:
@@ -81,27 +99,19 @@ class Layer:
 class Bnjax(Layer):
     name = module = package = "bnjax"
 
-    def __init__(
-        self,
-        channels: int,
-        momentum: Any = 0.9,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        axis_name: Any = None,
-    ) -> None:
-        if momentum is None:
-            momentum = bnjax.cumulative()
-        self.options = {"momentum": momentum, "epsilon": EPSILON, "dtype": dtype}
-        self.axis_name = axis_name
-        self.variables = bnjax.bn_init(channels, param_dtype=param_dtype)
+    def build(self, o: Options) -> Any:
+        self.call = {
+            "momentum": bnjax.cumulative() if o.momentum is None else o.momentum,
+            "epsilon": EPSILON,
+            "dtype": o.dtype,
+            "axis": o.axis,
+            "axis_name": o.axis_name,
+        }
+        return bnjax.bn_init(o.channels, param_dtype=o.param_dtype)
 
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
         params, state = variables
-        if mask is not None:
-            mask = jnp.reshape(mask, (x.shape[0], -1))
-        y, state = bnjax.bn_apply(
-            params, state, x, train, mask=mask, axis_name=self.axis_name, **self.options
-        )
+        y, state = bnjax.bn_apply(params, state, x, train, mask=_in_rank(mask, x), **self.call)
         return y, (params, state)
 
     def running(self, variables: Any) -> Statistics:
@@ -111,106 +121,80 @@ class Bnjax(Layer):
 class Linen(Layer):
     name, module, package = "flax.linen", "flax.linen", "flax"
 
-    def __init__(
-        self,
-        channels: int,
-        momentum: Any = 0.9,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        axis_name: Any = None,
-    ) -> None:
+    def build(self, o: Options) -> Any:
         import flax.linen as nn
 
-        self.layer = nn.BatchNorm(
-            momentum=momentum,
-            epsilon=EPSILON,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            axis_name=axis_name,
-        )
-        x = jnp.zeros((2, channels), param_dtype)
-        self.variables = self.layer.init(jax.random.key(0), x, use_running_average=True)
+        self.layer = nn.BatchNorm(epsilon=EPSILON, **_of_flax(o))
+        x = jnp.zeros((2, o.channels), o.param_dtype)
+        variables = self.layer.init(jax.random.key(0), x, use_running_average=True)
+        return variables["params"], variables["batch_stats"]
 
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
-        if mask is not None:
-            mask = jnp.reshape(mask, (x.shape[0], -1))
         y, new = self.layer.apply(
-            variables, x, use_running_average=_not(train), mask=mask, mutable=["batch_stats"]
+            {"params": variables[0], "batch_stats": variables[1]},
+            x,
+            use_running_average=_not(train),
+            mask=_in_rank(mask, x),
+            mutable=["batch_stats"],
         )
-        return y, {**variables, **new}
+        return y, (variables[0], new["batch_stats"])
 
     def running(self, variables: Any) -> Statistics:
-        statistics = variables["batch_stats"]
-        return np.asarray(statistics["mean"]), np.asarray(statistics["var"])
+        return np.asarray(variables[1]["mean"]), np.asarray(variables[1]["var"])
 
 
 class Nnx(Layer):
     name, module, package = "flax.nnx", "flax.nnx", "flax"
 
-    def __init__(
-        self,
-        channels: int,
-        momentum: Any = 0.9,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        axis_name: Any = None,
-    ) -> None:
+    def build(self, o: Options) -> Any:
         from flax import nnx
 
         self.nnx = nnx
-        layer = nnx.BatchNorm(
-            channels,
-            momentum=momentum,
-            epsilon=EPSILON,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            axis_name=axis_name,
-            rngs=nnx.Rngs(0),
-        )
-        self.graph, self.variables = nnx.split(layer)
+        layer = nnx.BatchNorm(o.channels, epsilon=EPSILON, rngs=nnx.Rngs(0), **_of_flax(o))
+        self.graph, *variables = nnx.split(layer, nnx.Param, ...)
+        return tuple(variables)
 
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
         # A copy: nnx forbids to update a Variable that was made outside of a trace.
-        layer = self.nnx.merge(self.graph, variables, copy=True)
-        if mask is not None:
-            mask = jnp.reshape(mask, (x.shape[0], -1))
-        y = layer(x, use_running_average=_not(train), mask=mask)
-        return y, self.nnx.state(layer)
+        layer = self.nnx.merge(self.graph, *variables, copy=True)
+        y = layer(x, use_running_average=_not(train), mask=_in_rank(mask, x))
+        return y, self.nnx.state(layer, self.nnx.Param, ...)
 
     def running(self, variables: Any) -> Statistics:
-        return np.asarray(variables["mean"][...]), np.asarray(variables["var"][...])
+        return np.asarray(variables[1]["mean"][...]), np.asarray(variables[1]["var"][...])
 
 
 class Haiku(Layer):
     name, module, package = "haiku", "haiku", "dm-haiku"
 
-    def __init__(
-        self,
-        channels: int,
-        momentum: Any = 0.9,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        axis_name: Any = None,
-    ) -> None:
+    def build(self, o: Options) -> Any:
         import haiku as hk
 
         def transformed(axis_name: Any) -> Any:
             def call(x: Any, train: Any, **options: Any) -> Any:
                 layer = hk.BatchNorm(
-                    True, True, momentum, eps=EPSILON, cross_replica_axis=axis_name
+                    True,
+                    True,
+                    o.momentum,
+                    eps=EPSILON,
+                    cross_replica_axis=axis_name,
+                    data_format="channels_last" if o.axis == -1 else "channels_first",
                 )
                 return layer(x, train, **options)
 
             return hk.transform_with_state(call)
 
-        self.call = transformed(axis_name).apply
-        x = jnp.zeros((2, channels), param_dtype)
-        self.variables = transformed(None).init(None, x, True)
+        self.call = transformed(o.axis_name).apply
+        x = jnp.zeros((2, o.channels), o.param_dtype)
+        return transformed(None).init(None, x, True)
 
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
-        params, state = variables
+        # They are of the rank of x, here of two.
+        shape = [1] * x.ndim
+        shape[self.options.axis] = self.options.channels
+        params, state = _reshaped(variables, shape)
         y, state = self.call(params, state, None, x, train, **_given(mask))
-        return y, (params, state)
+        return y, (variables[0], _reshaped(state, [1, -1]))
 
     def running(self, variables: Any) -> Statistics:
         state = variables[1]
@@ -219,30 +203,31 @@ class Haiku(Layer):
 
 
 class Equinox(Layer):
-    """Its default mode, "ema": the running averages normalize in training too."""
+    """Its default mode, "ema": the running averages normalize in training too.
+
+    It takes channels before the axes of an image only: others are transposed, and y back.
+    """
 
     name = module = package = "equinox"
     mode: dict[str, Any] = {}  # noqa: RUF012
 
-    def __init__(
-        self,
-        channels: int,
-        momentum: Any = 0.9,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        axis_name: Any = None,
-    ) -> None:
+    def build(self, o: Options) -> Any:
         import equinox as eqx
 
         self.eqx = eqx
-        axes = "batch" if axis_name is None else ("batch", axis_name)
+        axes = "batch" if o.axis_name is None else ("batch", o.axis_name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it advises against its default
             layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-                channels, axes, eps=EPSILON, momentum=momentum, dtype=param_dtype, **self.mode
+                o.channels,
+                axes,
+                eps=EPSILON,
+                momentum=o.momentum,
+                dtype=o.param_dtype,
+                **self.mode,
             )
         arrays, self.static = eqx.partition(layer, eqx.is_array)
-        self.variables = arrays, state
+        return arrays, state
 
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
         layer = self.eqx.combine(variables[0], self.static)
@@ -251,8 +236,8 @@ class Equinox(Layer):
             axis_name="batch",
             in_axes=(0, None),
             out_axes=(0, None),
-        )(x, variables[1])
-        return y, (variables[0], state)
+        )(jnp.moveaxis(x, self.options.axis, 1), variables[1])
+        return jnp.moveaxis(y, 1, self.options.axis), (variables[0], state)
 
     def running(self, variables: Any) -> Statistics:
         layer = self.eqx.combine(variables[0], self.static)
@@ -266,6 +251,19 @@ class EquinoxBatch(Equinox):
 
 def _not(train: Any) -> Any:
     return not train if isinstance(train, bool) else jnp.logical_not(train)
+
+
+def _in_rank(mask: Any, x: Any) -> Any:
+    """With axes of size 1 at the end, to the rank of `x`."""
+    return None if mask is None else jnp.reshape(mask, mask.shape + (1,) * (x.ndim - mask.ndim))
+
+
+def _of_flax(o: Options) -> dict[str, Any]:
+    return {name: value for name, value in o._asdict().items() if name != "channels"}
+
+
+def _reshaped(tree: Any, shape: list[int]) -> Any:
+    return jax.tree.map(lambda v: v.reshape(shape) if v.ndim else v, tree)
 
 
 def _given(mask: Any) -> dict[str, Any]:

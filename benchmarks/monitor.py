@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import results
-from tracing import MLP
+from nets import MLP
 
 from bnjax._diagnostics.monitor import Monitor
 from bnjax.linen import BatchNorm

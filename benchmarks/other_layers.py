@@ -1,41 +1,44 @@
 """The layers of keras and torch, behind the interface of layers.py."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from layers import EPSILON, Bnjax, Equinox, Haiku, Layer, Linen, Nnx, Statistics
+from layers import EPSILON, Bnjax, Equinox, Haiku, Layer, Linen, Nnx, Options, Statistics
 
 
 class Keras(Layer):
     name, module, package = "keras (jax)", "keras", "keras"
 
-    def __init__(
-        self,
-        channels: int,
-        momentum: Any = 0.9,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        axis_name: Any = None,
-    ) -> None:
+    def build(self, o: Options) -> Any:
         import keras
 
-        policy = jnp.dtype(param_dtype).name
-        if dtype is not None and dtype != param_dtype:
-            policy = f"mixed_{jnp.dtype(dtype).name}"
-        synchronized = {} if axis_name is None else {"synchronized": True}
-        self.layer = keras.layers.BatchNormalization(
-            momentum=momentum, epsilon=EPSILON, dtype=policy, **synchronized
-        )
-        self.layer.build((None, channels))
-        self.variables = (
-            [v.value for v in self.layer.trainable_variables],
-            [v.value for v in self.layer.non_trainable_variables],
+        policy = jnp.dtype(o.param_dtype).name
+        if o.dtype is not None and o.dtype != o.param_dtype:
+            policy = f"mixed_{jnp.dtype(o.dtype).name}"
+        synchronized = {} if o.axis_name is None else {"synchronized": True}
+
+        @functools.cache
+        def layer(rank: int) -> Any:
+            layer = keras.layers.BatchNormalization(
+                o.axis, momentum=o.momentum, epsilon=EPSILON, dtype=policy, **synchronized
+            )
+            shape = [None] * rank
+            shape[o.axis] = o.channels
+            layer.build(tuple(shape))
+            return layer
+
+        self.layer = layer  # of a rank of x
+        return (
+            [v.value for v in layer(2).trainable_variables],
+            [v.value for v in layer(2).non_trainable_variables],
         )
 
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
         trained, carried = variables
-        y, carried = self.layer.stateless_call(trained, carried, x, training=train, mask=mask)
+        layer = self.layer(x.ndim)
+        y, carried = layer.stateless_call(trained, carried, x, training=train, mask=mask)
         return y, (trained, carried)
 
     def running(self, variables: Any) -> Statistics:
@@ -49,24 +52,22 @@ class Torch(Layer):
     name, module, package = "torch", "torch", "torch"
     unbiased = True
 
-    def __init__(
-        self,
-        channels: int,
-        momentum: Any = 0.9,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        axis_name: Any = None,
-    ) -> None:
+    def build(self, o: Options) -> Any:
         import torch
 
+        class BatchNorm(torch.nn.BatchNorm1d):
+            """Of any rank: BatchNorm2d differs in this check only."""
+
+            def _check_input_dim(self, x: Any) -> None:
+                pass
+
         self.torch = torch
-        self.layer = torch.nn.BatchNorm1d(
-            channels,
+        self.layer = BatchNorm(
+            o.channels,
             eps=EPSILON,
-            momentum=None if momentum is None else 1 - momentum,
-            dtype=getattr(torch, jnp.dtype(param_dtype).name),
+            momentum=None if o.momentum is None else 1 - o.momentum,
+            dtype=getattr(torch, jnp.dtype(o.param_dtype).name),
         )
-        self.variables = None
 
     def tensor(self, x: Any) -> Any:
         if x.dtype == jnp.bfloat16:  # NumPy's is unknown to torch
@@ -75,7 +76,10 @@ class Torch(Layer):
 
     def apply(self, variables: Any, x: Any, train: Any = True, mask: Any = None) -> Any:
         self.layer.train(bool(train))
-        return self.layer(x, **({} if mask is None else {"mask": mask})), None
+        # With the channels last in memory, torch takes a view.
+        x = x.movedim(self.options.axis, 1)
+        y = self.layer(x, **({} if mask is None else {"mask": mask}))
+        return y.movedim(1, self.options.axis), None
 
     def running(self, variables: Any) -> Statistics:
         return self.layer.running_mean.numpy(), self.layer.running_var.numpy()

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import count_tables
 import example_tables
+import speed_tables
 from results import Rows, TableError, markdown, read
 
 HERE = Path(__file__).parent
@@ -123,6 +125,8 @@ def _renamed(row: dict[str, str], old: str, new: str) -> dict[str, str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    **count_tables.TABLES,
+    **speed_tables.TABLES,
     "allreduces": allreduces,
     "claims": example_tables.verdicts,
     "cnn": example_tables.cnn,
@@ -139,7 +143,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "peers-all": plain("peers"),
     "small-batches": plain("small-batches"),
-    "speed": plain("speed"),
     "tracing": plain("tracing"),
     "variance": plain("variance"),
 }

@@ -2,6 +2,7 @@
 
 from bnjax._functional import batch_norm, bn_apply, bn_init
 from bnjax._ghost import ghost
+from bnjax._lean import save_inputs, save_moments
 from bnjax._merge import merge
 from bnjax._microbatches import MicrobatchState, microbatches
 from bnjax._moments import moments
@@ -32,6 +33,8 @@ __all__ = [
     "moments",
     "recalibrate",
     "renorm",
+    "save_inputs",
+    "save_moments",
     "switch",
     "whiten",
 ]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _moments, _placement, _reduce, _sums
+from bnjax import _lean, _moments, _placement, _reduce, _sums
 from bnjax._checks import compute_dtype
 from bnjax._moments import BatchMoments
 from bnjax._reduce import Reduction
@@ -55,7 +55,8 @@ def placed(inputs: Inputs, axes: tuple[int, ...]) -> Inputs:
     """The inputs, as `x` is placed on a mesh of explicit axes."""
     x, mask, train, *vectors = inputs
     vectors = _placement.as_features(vectors, x, axes)
-    return Inputs._make((x, _placement.as_entries(mask, x), train, *vectors))
+    mask = _placement.as_entries(mask, x)
+    return Inputs._make((_lean.named_input(x), mask, train, *vectors))
 
 
 class Coefficients(NamedTuple):
@@ -98,7 +99,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None
         moments = _moments.batch_moments(
             plan.reduction, inputs.x, inputs.mask, inputs.mean, inputs.var
         )
-    c = _coefficients(plan, inputs, moments)
+    moments, c = _lean.named_moments((moments, _coefficients(plan, inputs, moments)))
     scale, bias = _corrected(c, inputs.scale, inputs.bias)
     a = c.inverse if scale is None else c.inverse * scale
     b = -c.offset * a if bias is None else bias - c.offset * a
@@ -195,6 +196,9 @@ def _widened_apart(
 
     So are those of the parts that the backward pass sums: see `_reduce.apart`. A cotangent of
     dy in the dtype of y loses nothing in it. The `number` tells the parts apart.
+
+    On GPUs the second alone is: then XLA makes the first in the pass that applies the
+    derivative of a relu behind the layer, where it would otherwise make both in another.
     """
     wide = dy.dtype
     if compute_dtype(plan.dtype) == plan.dtype or plan.dtype == wide:
@@ -202,9 +206,9 @@ def _widened_apart(
 
     def transposed(_: Any, ct: jax.Array) -> jax.Array:
         ct = ct.astype(plan.dtype)
-        for _ in range(number):
-            ct = _reduce.apart(ct)
-        return ct.astype(wide)
+        if number > 1:
+            ct = _reduce.apart(ct, on=("cpu", "cuda"))
+        return _reduce.apart(ct).astype(wide)
 
     if like is not None:
         dy = dy + lax.full_like(like, 0)

@@ -136,7 +136,7 @@ def deviation(r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Arr
     return kept(promoted(apart(x, shift)) - spread(shift, r.axes), mask)
 
 
-def apart(x: jax.Array, *others: jax.Array) -> jax.Array:
+def apart(x: jax.Array, *others: jax.Array, on: tuple[str, ...] = ("cpu",)) -> jax.Array:
     """`x`, for one use that shares no upcast with another; `others` tell the uses apart.
 
     XLA's CPU backend reads a narrow array in a sum as fast as a wide one, but writes an upcast
@@ -144,7 +144,8 @@ def apart(x: jax.Array, *others: jax.Array) -> jax.Array:
     """
     if x.dtype == _checks.compute_dtype(x.dtype):
         return x
-    return lax.platform_dependent(x, *others, cpu=_behind_barrier, default=_first)
+    barriers = dict.fromkeys(on, _behind_barrier)
+    return lax.platform_dependent(x, *others, **barriers, default=_first)
 
 
 def _behind_barrier(*arrays: jax.Array) -> jax.Array:

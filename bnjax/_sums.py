@@ -38,23 +38,43 @@ def about(
     `spread`: a guess of the variance. Where 0 is by it a shift as good, it is taken on CPUs,
     whose sums of x and x**2 take half the time.
     """
-    shifted = functools.partial(_shifted, r)
-    if spread is None or not _is_large(x):
-        return shifted(x, mask, near)
+    if _is_small(x):
+        return _about_one(r, x, mask, near, exact=are_few(r, x, mask))
+    on_cpu = _about_two if spread is None or not _is_large(x) else _about_zero_or_two
     found: Sums = lax.platform_dependent(
-        x, mask, near, spread, cpu=functools.partial(_on_cpu, r), default=shifted
+        x,
+        mask,
+        near,
+        spread,
+        cpu=functools.partial(on_cpu, r),
+        default=functools.partial(_about_one, r),
     )
     return found
 
 
-def _shifted(
-    r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array, *_: jax.Array
+def _about_one(
+    r: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    near: jax.Array,
+    _: jax.Array | None = None,
+    *,
+    exact: bool = False,
 ) -> Sums:
-    """Two shifts near `near`, the sum of x - shift, and that of (x - other)**2."""
-    if _is_small(x):
-        shift = other = near if are_few(r, x, mask) else split(near, near, bits_less=1)[0]
-    else:
-        shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
+    """`exact`: `near` is a number in memory, of which all uses see the same bits."""
+    shift = near if exact else split(near, near, bits_less=1)[0]
+    return shift, shift, _shifted_sums(r, x, mask, shift, shift)
+
+
+def _about_two(
+    r: Reduction,
+    x: jax.Array,
+    mask: jax.Array | None,
+    near: jax.Array,
+    _: jax.Array | None = None,
+) -> Sums:
+    """Two sums that share no x - shift, which XLA's CPU backend would write out."""
+    shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
     return shift, other, _shifted_sums(r, x, mask, shift, other)
 
 
@@ -65,10 +85,10 @@ def _shifted_sums(
     return [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
 
 
-def _on_cpu(
+def _about_zero_or_two(
     r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array, spread: jax.Array
 ) -> Sums:
-    """`_shifted`, about 0 where no channel is ill-conditioned there."""
+    """About 0 where no channel is ill-conditioned there."""
     bound = lax.full_like(spread, WELL_CONDITIONED) * spread
     at_zero = lax.reduce_and(lax.le(near * near, bound), axes=tuple(range(near.ndim)))
     near = _reduce.where(lax.broadcast(lax.bitwise_not(at_zero), near.shape), near, 0)

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax import _checks, _covariance, _functional, _layer, _normalize, _placement, _whitening
+from bnjax import (
+    _checks,
+    _covariance,
+    _functional,
+    _layer,
+    _lean,
+    _normalize,
+    _placement,
+    _whitening,
+)
 from bnjax._covariance import Covariances, Groups
 from bnjax._normalize import Inputs
 from bnjax._types import BNParams, BNState, Moments, Norm
@@ -172,7 +181,7 @@ def _compute(
     inputs = _normalize.placed(Inputs._make(cut), r.axes)
     running = _placement.as_features(given.cov.astype(inputs.var.dtype), inputs.x, r.axes)
     # Whole, as the derivative keeps it.
-    whole = inputs._replace(x=x, mask=_placement.as_entries(mask, x))
+    whole = inputs._replace(x=_lean.named_input(x), mask=_placement.as_entries(mask, x))
     y, batch = _whitening.whiten(layer.plan, how, groups, whole, running)
     if batch is None:
         return y, None

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _covariance, _moments, _normalize, _placement, _reduce, _sums
+from bnjax import _covariance, _lean, _moments, _normalize, _placement, _reduce, _sums
 from bnjax._covariance import EXACT, Covariances, Groups, diagonal, transposed, with_diagonal
 from bnjax._normalize import Inputs, Plan
 from bnjax._reduce import Reduction
@@ -72,7 +72,7 @@ def _forward(
     inputs = inputs._replace(x=groups.cut(whole), mask=groups.cut_mask(inputs.mask, whole))
     if plan.train is not False:
         moments = _covariance.covariances(plan.reduction, inputs.x, inputs.mask, inputs.mean)
-    c = _chosen(how, inputs, moments, running)
+    moments, c = _lean.named_moments((moments, _chosen(how, inputs, moments, running)))
     matrix = c.root if inputs.scale is None else inputs.scale[..., None] * c.root
     b = -_times(matrix, c.offset)
     if inputs.bias is not None:

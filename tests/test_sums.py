@@ -31,7 +31,7 @@ def variance_error(x, **running):
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("outlier", [0.0, 1e3])
 def test_few_entries_about_the_first_whatever_it_is(outlier, mean):
-    """It is no more than sqrt(n - 1) deviations from the mean, for this is what it makes of them."""
+    """As it is no more than sqrt(n - 1) deviations from the mean, being one of n itself."""
     x = RNG.normal(size=(FEW, 5)) + mean
     x[0] += outlier
     bound = tolerances.variance(np.float32, FEW, max(mean, 3e3 if outlier else 0))
@@ -60,12 +60,12 @@ def test_few_entries_with_a_mask_or_over_devices_are_not_known_to_be_at_hand():
 @pytest.mark.parametrize(
     "running",
     [
-        dict(mean=0.0, var=1.0),  # 0 is as good
-        dict(mean=100.0, var=1.0),  # it is not
-        dict(mean=2.0, var=1e6),  # it is said to be, and is not
-        dict(mean=np.nan, var=1.0),
-        dict(mean=100.0, var=np.nan),
-        dict(mean=0.0, var=0.0),
+        {"mean": 0.0, "var": 1.0},  # 0 is as good
+        {"mean": 100.0, "var": 1.0},  # it is not
+        {"mean": 2.0, "var": 1e6},  # it is said to be, and is not
+        {"mean": np.nan, "var": 1.0},
+        {"mean": 100.0, "var": np.nan},
+        {"mean": 0.0, "var": 0.0},
     ],
     ids=str,
 )

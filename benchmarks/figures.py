@@ -1,0 +1,133 @@
+"""The pictures of benchmarks/README.md about time, from results/speed.csv.
+
+    python benchmarks/figures.py
+
+Writes figures/speed.png and figures/speed-accuracy.png.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib as mpl
+import results
+import speed_tables
+from results import Rows
+from speed_tables import ERRORS, FORWARD, TRAINING, US
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+FOLDER = results.HERE / "figures"
+MARKERS = "osD^vP*X"
+# Smaller ones would be lost at the edge of a logarithmic axis; exact is among them.
+LEAST_ERROR = 1e-8
+
+
+def styles(rows: Rows) -> dict[str, dict[str, Any]]:
+    """Color and marker of each layer, the same in all pictures."""
+    names = speed_tables.layers_of(rows)
+    return {n: {"color": f"C{i}", "marker": MARKERS[i % 8]} for i, n in enumerate(names)}
+
+
+def speed(rows: Rows) -> Any:
+    """A panel for each dtype and for forward and training; dots are medians, lines quartiles."""
+    rows = [row for row in speed_tables.ordinary(rows) if row["ratio"]]
+    style = styles(rows)
+    dtypes, works = distinct(rows, "dtype"), (FORWARD, TRAINING)
+    shapes = list(dict.fromkeys(map(speed_tables.shape_of, rows)))
+    peers = [name for name in style if name != US]
+    figure, panels = plt.subplots(
+        len(works), len(dtypes), figsize=(9.5, 1.2 + 0.75 * len(shapes)), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for line, work in zip(panels, works, strict=True):
+        for panel, dtype in zip(line, dtypes, strict=True):
+            for number, name in enumerate(peers):
+                chosen = [
+                    row for row in rows
+                    if (row["layer"], row["work"], row["dtype"]) == (name, work, dtype)
+                ]  # fmt: skip
+                apart = 0.8 * ((number + 0.5) / len(peers) - 0.5)
+                places = [shapes.index(speed_tables.shape_of(row)) + apart for row in chosen]
+                low, median, high = (
+                    [float(row[column]) for row in chosen] for column in ("low", "ratio", "high")
+                )
+                panel.hlines(places, low, high, color=style[name]["color"], linewidth=1)
+                panel.plot(median, places, linestyle="", markersize=4, label=name, **style[name])
+            for place in range(1, len(shapes), 2):
+                panel.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.05, linewidth=0)
+            logarithmic(panel)
+            panel.set_title(f"{work}, {dtype}", fontsize=10)
+            panel.grid(axis="x", alpha=0.3)
+    for panel in panels[:, 0]:
+        panel.set_yticks(range(len(shapes)), shapes, fontsize=8)
+    panels[0, 0].set_ylim(len(shapes) - 0.5, -0.5)
+    figure.supxlabel("time divided by bnjax's (right of 1: bnjax is faster)", fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(peers), fontsize=8)
+    return figure
+
+
+def speed_accuracy(rows: Rows) -> Any:
+    """Geometric mean of the training times, and the largest error of the variance."""
+    style = styles(rows)
+    table = speed_tables.means(rows)
+    dtypes = distinct(table, "dtype")
+    figure, panels = plt.subplots(
+        1,
+        len(dtypes),
+        figsize=(9.5, 3.8),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, dtype in zip(panels[0], dtypes, strict=True):
+        for row in table:
+            if row["dtype"] == dtype and row[TRAINING]:
+                error = max(float(row[ERRORS[1]]), LEAST_ERROR)
+                point = float(row[TRAINING]), error
+                panel.plot(*point, linestyle="", label=row["layer"], **style[row["layer"]])
+        logarithmic(panel)
+        panel.set_yscale("log")
+        panel.set_title(dtype, fontsize=10)
+        panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("error of the variance\nat a mean of 1000 deviations", fontsize=9)
+    figure.supxlabel(f"time of {TRAINING} divided by bnjax's, geometric mean", fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def logarithmic(panel: Any) -> None:
+    """The axis of ratios, with a line at 1."""
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_minor_locator(mpl.ticker.LogLocator(subs=(0.7, 1.5, 3)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("{x:g}")
+    panel.tick_params(axis="x", which="both", labelsize=8)
+
+
+def distinct(rows: Iterable[dict[str, str]], column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+FIGURES: dict[str, Callable[[Rows], Any]] = {"speed": speed, "speed-accuracy": speed_accuracy}
+
+
+def main() -> None:
+    rows, _ = results.read("speed")
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in FIGURES.items():
+        figure = draw(rows)
+        # No date and no version within, so that the same results make the same file.
+        figure.savefig(FOLDER / f"{name}.png", dpi=100, metadata={"Software": None})
+        plt.close(figure)
+        print(f"Written: benchmarks/figures/{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Tables of times, from the results of speed.py, steps.py and dispatch.py."""
+
+import statistics
+from collections.abc import Callable
+
+from results import Rows, markdown, read
+
+US, FLAX = "bnjax", "flax.linen"
+FORWARD, TRAINING, EVALUATION = WORK = ("forward", "forward + backward", "evaluation")
+ERRORS = ("variance error at 10", "variance error at 1000")
+DEFAULT_MEAN = "0.5"
+
+
+def speed() -> str:
+    rows, comment = read("speed")
+    return f"{markdown(means(rows))}\n\nMeasured with {comment}."
+
+
+def by_shape(work: str) -> Callable[[], str]:
+    def table() -> str:
+        rows, comment = read("speed")
+        return f"{markdown(shapes(rows, work))}\n\nMeasured with {comment}."
+
+    return table
+
+
+def limits() -> str:
+    rows, comment = read("speed")
+    return f"{markdown(limited(rows))}\n\nMeasured with {comment}."
+
+
+def large_means() -> str:
+    rows, comment = read("speed")
+    return f"{markdown(at_large_means(rows))}\n\nMeasured with {comment}."
+
+
+def show(rows: Rows) -> None:
+    """All of them, of rows that are not in a file."""
+    tables = {"Geometric means": means(rows), "Beside a copy": limited(rows)}
+    tables |= {work: shapes(rows, work) for work in WORK}
+    tables |= {"Large means": at_large_means(rows)}
+    for title, table in tables.items():
+        if table:
+            print(f"\n{title}\n\n{markdown(table)}")
+    for row in rows:
+        if any(row[column] not in ("", "0") for column in ("copies", "hoisted")):
+            print(f"\nThe loop distorts this: {row}")
+
+
+def layers_of(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["layer"] for row in rows))
+
+
+def ordinary(rows: Rows) -> Rows:
+    return [row for row in rows if row["mean"] == DEFAULT_MEAN]
+
+
+def means(rows: Rows) -> Rows:
+    """By layer and dtype: geometric means over shapes of the time divided by bnjax's, the least
+    of them in training, and the largest errors."""
+    table = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        chosen = [row for row in ordinary(rows) if row["dtype"] == dtype]
+        for layer in layers_of(chosen):
+            own = [row for row in chosen if row["layer"] == layer]
+            line = {"layer": layer, "dtype": dtype}
+            ratios = {
+                w: [float(r["ratio"]) for r in own if r["work"] == w and r["ratio"]] for w in WORK
+            }
+            for work in WORK:
+                line[work] = _mean(ratios[work])
+            line["least of forward + backward"] = _number(min(ratios[TRAINING], default=None))
+            for column in ERRORS:
+                found = [float(row[column]) for row in own if row[column]]
+                line[column] = f"{max(found):.0e}" if found else own[0]["note"]
+            table.append(line)
+    return table
+
+
+def shapes(rows: Rows, work: str) -> Rows:
+    """A line for a shape and dtype; a cell is the ratio and, in training, the two errors."""
+    table: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in ordinary(rows):
+        if row["work"] == work:
+            key = (row["shape"], row["channels"], row["dtype"])
+            label = {"shape": shape_of(row), "dtype": row["dtype"], "MB": row["MB"]}
+            line = table.setdefault(key, label)
+            line[row["layer"]] = _cell(row, work)
+    return list(table.values())
+
+
+def limited(rows: Rows) -> Rows:
+    """Times divided by what the bytes take that no program can do without."""
+    table: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in ordinary(rows):
+        if row["layer"] in (US, FLAX):
+            key = (row["shape"], row["channels"], row["dtype"])
+            label = {"shape": shape_of(row), "dtype": row["dtype"], "MB": row["MB"]}
+            table.setdefault(key, label)[f"{row['work']}, {row['layer']}"] = row["times the limit"]
+    return [dict(sorted(line.items(), key=_order)) for line in table.values()]
+
+
+def at_large_means(rows: Rows) -> Rows:
+    """flax.linen's time divided by bnjax's at a mean of 10 deviations."""
+    table: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        if row["mean"] != DEFAULT_MEAN and row["layer"] == FLAX:
+            label = {"shape": shape_of(row), "dtype": row["dtype"], "mean / deviation": row["mean"],
+                     "running mean": row["running mean"]}  # fmt: skip
+            line = table.setdefault(tuple(label.values()), label)
+            line[row["work"]] = _quartiles(row)
+            line["variance error of flax.linen"] = row[ERRORS[0]]
+    return list(table.values())
+
+
+def _order(item: tuple[str, str]) -> int:
+    """Labels first, then bnjax's columns."""
+    return ("," in item[0]) + item[0].endswith(FLAX)
+
+
+def shape_of(row: dict[str, str]) -> str:
+    return row["shape"] + (" (channels first)" if row["channels"] == "first" else "")
+
+
+def _cell(row: dict[str, str], work: str) -> str:
+    if row["note"]:
+        return row["note"]
+    errors = [] if work == EVALUATION else [f"{float(row[column]):.0e}" for column in ERRORS]
+    return ", ".join([_number(row["ratio"]), *errors])
+
+
+def _quartiles(row: dict[str, str]) -> str:
+    return f"{_number(row['ratio'])} ({_number(row['low'])} to {_number(row['high'])})"
+
+
+def _number(value: str | float | None) -> str:
+    return "" if value in (None, "") else f"{float(value):.2f}"
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.geometric_mean(values):.2f}" if values else ""
+
+
+def steps() -> str:
+    rows, comment = read("steps")
+    table = [
+        {"step": row["step"], "images": row["images"], "flax / bnjax": _quartiles(row)}
+        for row in rows
+    ]
+    return f"{markdown(table)}\n\nMeasured with {comment}."
+
+
+def dispatch() -> str:
+    rows, comment = read("dispatch")
+    return f"{markdown(rows)}\n\nMeasured with {comment}."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "dispatch": dispatch,
+    "speed": speed,
+    "speed-evaluation": by_shape(EVALUATION),
+    "speed-forward": by_shape(FORWARD),
+    "speed-large-means": large_means,
+    "speed-limits": limits,
+    "speed-training": by_shape(TRAINING),
+    "steps": steps,
+}
