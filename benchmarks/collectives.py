@@ -27,7 +27,7 @@ import ways
 from bnjax import BNParams, BNState
 
 CPU_DEVICES = 8
-ROWS_PER_DEVICE = 8
+ROWS_PER_DEVICE = 16
 TOPOLOGIES = {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 CHANNELS = (64, 512, 2048)
 TPU_WAYS = ("jit, auto", "shard_map, grad inside", "shard_map without vma, grad inside")
@@ -101,6 +101,7 @@ def on_tpu(
 
     # What libtpu would otherwise ask a TPU machine for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     for count in devices:

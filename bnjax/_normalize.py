@@ -197,8 +197,8 @@ def _widened_apart(
     So are those of the parts that the backward pass sums: see `_reduce.apart`. A cotangent of
     dy in the dtype of y loses nothing in it. The `number` tells the parts apart.
 
-    On GPUs the second alone is: then XLA makes the first in the pass that applies the
-    derivative of a relu behind the layer, where it would otherwise make both in another.
+    On GPUs the second alone is, where channels come last: then XLA makes the first in the pass
+    that applies the derivative of a relu behind the layer, else it makes both in another.
     """
     wide = dy.dtype
     if compute_dtype(plan.dtype) == plan.dtype or plan.dtype == wide:
@@ -207,7 +207,8 @@ def _widened_apart(
     def transposed(_: Any, ct: jax.Array) -> jax.Array:
         ct = ct.astype(plan.dtype)
         if number > 1:
-            ct = _reduce.apart(ct, on=("cpu", "cuda"))
+            last = ct.ndim - 1 not in plan.reduction.axes
+            ct = _reduce.apart(ct, on=("cpu", "cuda") if last else ("cpu",))
         return _reduce.apart(ct).astype(wide)
 
     if like is not None:

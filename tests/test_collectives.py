@@ -47,6 +47,13 @@ def test_bytes_are_those_of_the_channels(way, masked, rows, channels, devices):
     assert_formula(collectives.row(way, masked, rows, channels, devices))
 
 
+def test_few_entries_sharded_under_jit(devices):
+    """Their sums are about the first entry, which the other devices have to be told."""
+    row = collectives.row("jit, auto", False, 32, 6, devices)
+    assert (row["forward"], row["forward_bytes"]) == (2, 4 * (1 + 2) * 6)
+    assert (row["backward"], row["backward_bytes"]) == (1, 4 * 2 * 6)
+
+
 def test_the_table_of_all_ways():
     rows, _ = results.read("allreduces")
     assert_complete(rows, ways.WAYS, [collectives.CPU_DEVICES], [ways.C])

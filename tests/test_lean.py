@@ -19,7 +19,7 @@ import bnjax.linen
 import bnjax.nnx
 from bnjax import BNParams, BNState
 
-N, C, DEPTH = 12, 4, 3
+N, C, DEPTH = 64, 4, 3
 POLICIES = {"inputs": bnjax.save_inputs, "moments": bnjax.save_moments}
 NORMS = {
     "batch_norm": bnjax.batch_norm(momentum=0.5),
