@@ -91,7 +91,7 @@ def _about_zero_or_two(
     """About 0 where no channel is ill-conditioned there."""
     bound = lax.full_like(spread, WELL_CONDITIONED) * spread
     at_zero = lax.reduce_and(lax.le(near * near, bound), axes=tuple(range(near.ndim)))
-    near = _reduce.where(lax.broadcast(lax.bitwise_not(at_zero), near.shape), near, 0)
+    near = _reduce.where(lax.bitwise_not(at_zero), near, 0)
     shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
 
     def plain(x: jax.Array, mask: jax.Array | None, *_: jax.Array) -> list[jax.Array]:

@@ -45,9 +45,9 @@ FIELDS = {
 
 
 def narrowest(*trees):
-    """The narrowest dtype that results are stored in."""
+    """The narrowest dtype that results are stored in, and their cotangents."""
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(trees)}
-    return jnp.bfloat16 if jnp.bfloat16 in dtypes else None
+    return jnp.bfloat16 if jnp.dtype(jnp.bfloat16) in dtypes else None
 
 
 # --- drop-in -----------------------------------------------------------------

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import reference
 import tolerances
+from benchmark_scripts import devices as across
+from benchmark_scripts import ways
 
 import bnjax
-from bnjax import BNState, _sums
+from bnjax import BNParams, BNState, _sums
 from bnjax._reduce import Reduction
 
 FEW = _sums._FEW - 1
@@ -109,3 +111,33 @@ def test_upcasts_are_not_written_out():
     x = jnp.ones((MANY, 16), jnp.bfloat16)
     compiled = jax.jit(step).lower(x, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes / 4
+
+
+@pytest.mark.parametrize("mean", [0.5, 100.0])
+@pytest.mark.parametrize(
+    "way", ["jit, explicit, channels too", "shard_map, grad inside", "pmap", "vmap"]
+)
+def test_large_arrays_over_devices(way, mean, devices, monkeypatch):
+    """The same numbers, about 0 and about the running mean, where each device has many entries."""
+    n, channels, parts = 2 * MANY, 16, 2
+    parts *= ways.WAYS[way].channels
+    values = {
+        "N": n * parts,
+        "C": channels,
+        "X": RNG.normal(mean, 1, (n * parts, channels)).astype(np.float32),
+        "W": RNG.normal(size=(n * parts, channels)).astype(np.float32),
+        "PARAMS": BNParams(*np.ones((2, channels), np.float32)),
+        "STATE": BNState(
+            np.full(channels, mean, np.float32),
+            np.ones(channels, np.float32),
+            np.zeros(channels, np.int32),
+        ),
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(ways, name, value)
+    ways.on_one_device.cache_clear()
+    try:
+        found = across.measure(ways.WAYS[way], devices[:parts], masked=False).differences
+    finally:
+        ways.on_one_device.cache_clear()
+    assert max(found.values()) <= tolerances.values(np.float32, n * parts)
