@@ -39,42 +39,30 @@ def about(
     whose sums of x and x**2 take half the time.
     """
     if _is_small(x):
-        return _about_one(r, x, mask, near, exact=are_few(r, x, mask))
-    on_cpu = _about_two if spread is None or not _is_large(x) else _about_zero_or_two
-    found: Sums = lax.platform_dependent(
-        x,
-        mask,
-        near,
-        spread,
-        cpu=functools.partial(on_cpu, r),
-        default=functools.partial(_about_one, r),
-    )
+        # The first of few entries is a number in memory, of which all uses see the same bits.
+        bits = 0 if are_few(r, x, mask) else 1
+        return _shifted(r, (bits, bits), x, mask, near)
+    on_cpu = functools.partial(_shifted, r, (1, 2))
+    if spread is not None and _is_large(x):
+        on_cpu = functools.partial(_about_zero_or_shifted, r)
+    default = functools.partial(_shifted, r, (1, 1))
+    found: Sums = lax.platform_dependent(x, mask, near, spread, cpu=on_cpu, default=default)
     return found
 
 
-def _about_one(
+def _shifted(
     r: Reduction,
-    x: jax.Array,
-    mask: jax.Array | None,
-    near: jax.Array,
-    _: jax.Array | None = None,
-    *,
-    exact: bool = False,
-) -> Sums:
-    """`exact`: `near` is a number in memory, of which all uses see the same bits."""
-    shift = near if exact else split(near, near, bits_less=1)[0]
-    return shift, shift, _shifted_sums(r, x, mask, shift, shift)
-
-
-def _about_two(
-    r: Reduction,
+    bits_less: tuple[int, int],
     x: jax.Array,
     mask: jax.Array | None,
     near: jax.Array,
     _: jax.Array | None = None,
 ) -> Sums:
-    """Two sums that share no x - shift, which XLA's CPU backend would write out."""
-    shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
+    """About `near`, with so many bits less in either sum.
+
+    Where they differ, the sums share no x - shift, which XLA's CPU backend would write out.
+    """
+    shift, other = (split(near, near, bits)[0] if bits else near for bits in bits_less)
     return shift, other, _shifted_sums(r, x, mask, shift, other)
 
 
@@ -85,7 +73,7 @@ def _shifted_sums(
     return [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
 
 
-def _about_zero_or_two(
+def _about_zero_or_shifted(
     r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array, spread: jax.Array
 ) -> Sums:
     """About 0 where no channel is ill-conditioned there."""
