@@ -64,7 +64,8 @@ class Coefficients(NamedTuple):
 
     shift: jax.Array
     offset: jax.Array
-    inverse: jax.Array  # 1 / sqrt(var + epsilon)
+    var: jax.Array  # with epsilon
+    inverse: jax.Array  # 1 / sqrt(var)
     from_batch: jax.Array | None  # None: known while tracing
     correction: tuple[jax.Array, jax.Array] | None = None  # r and d
 
@@ -117,16 +118,16 @@ def is_from_batch(inputs: Inputs, count: jax.Array) -> jax.Array | None:
 
 def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> Coefficients:
     if moments is None:
-        inverse = lax.rsqrt(inputs.var + inputs.epsilon)
-        return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), inverse, None)
+        var = inputs.var + inputs.epsilon
+        return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), var, lax.rsqrt(var), None)
     from_batch = is_from_batch(inputs, moments.count)
     if from_batch is not None:
         from_batch = _placement.broadcast(from_batch, moments.var)
     shift = choose(from_batch, moments.shift, inputs.mean)
     offset = choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
-    var = choose(from_batch, moments.var, inputs.var)
+    var = choose(from_batch, moments.var, inputs.var) + inputs.epsilon
     correction = _correction(inputs, moments, from_batch)
-    return Coefficients(shift, offset, lax.rsqrt(var + inputs.epsilon), from_batch, correction)
+    return Coefficients(shift, offset, var, lax.rsqrt(var), from_batch, correction)
 
 
 def _correction(
@@ -160,7 +161,7 @@ def _corrected(
 def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, Any]:
     """dy = (dx - dmean) * a + (x - mean) * da + dbias, and dmoments.
 
-    a = scale * inverse, da = dscale * inverse - a * inverse**2 * dvar / 2.
+    a = scale * inverse, da = dscale * inverse - a * dvar / (2 * var).
     """
     x, mask, scale, moments, c = residuals
     scale, _ = _corrected(c, scale, None)
@@ -175,7 +176,9 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
         dmean = choose(c.from_batch, residue, dmean - (dmoments.shift - residue))
         dvar = choose(c.from_batch, dmoments.var, dvar)
     a = c.inverse if scale is None else c.inverse * scale
-    da = -0.5 * a * (c.inverse * c.inverse) * (dvar + d.epsilon)
+    # Divided, not multiplied with inverse**2: XLA's CPU backend computes quotients of vectors
+    # once, and products anew for each entry of x.
+    da = -0.5 * a * ((dvar + d.epsilon) / c.var)
     if dscale is not None:
         da = da + dscale * c.inverse
     shift, offset = _sums.another(x, c.shift, c.offset, bits_less=3)
