@@ -77,15 +77,18 @@ bench-full: $(READY) ## All of it, about an hour; writes benchmarks/results, fig
 	done
 	$(RUN) benchmarks/tables.py
 
-bench-programs: $(READY) ## Count what programs compiled for a CPU, a TPU and a GPU move and keep
-	@$(INSTALL) -e '.[peers]'
+bench-programs: $(READY) ## Count what programs compiled for a CPU, a TPU and a GPU move and keep: about an hour
+	@$(INSTALL) -e '.[peers,reports]'
 	$(RUN) benchmarks/counts.py
+	$(RUN) benchmarks/memory.py --time
 	$(MAKE) counts VENV="$(VENV)-tpu" EXTRAS=peers,tpu ARGS="--platform tpu"
 	$(MAKE) counts VENV="$(VENV)-cuda" EXTRAS=peers,cuda ARGS="--platform cuda"
+	$(RUN) benchmarks/figures.py
 	$(RUN) benchmarks/tables.py
 
 counts: $(READY)
 	$(RUN) benchmarks/counts.py $(ARGS)
+	$(RUN) benchmarks/memory.py $(ARGS)
 
 clean: ## Delete the environment, caches and builds; runs/ stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

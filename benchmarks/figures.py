@@ -1,14 +1,15 @@
-"""The pictures of benchmarks/README.md about time, from results/speed.csv.
+"""The pictures of benchmarks/README.md, from results/speed.csv and results/memory-*.csv.
 
     python benchmarks/figures.py
 
-Writes figures/speed.png and figures/speed-accuracy.png.
+Writes figures/speed.png, figures/speed-accuracy.png and figures/memory.png.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import matplotlib as mpl
+import memory_tables
 import results
 import speed_tables
 from results import Rows
@@ -100,6 +101,35 @@ def speed_accuracy(rows: Rows) -> Any:
     return figure
 
 
+def memory(panels_of: dict[str, Rows]) -> Any:
+    """A panel for each network: what is moved, and the memory, of flax.linen's."""
+    figure, panels = plt.subplots(
+        1, len(panels_of), figsize=(9.5, 3.8), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, (title, rows) in zip(panels[0], panels_of.items(), strict=True):
+        for number, layer in enumerate(distinct(rows, "layer")):
+            chosen = [row for row in rows if row["layer"] == layer]
+            points = sorted(
+                (float(r["moved / flax"]), float(r["temporary / flax"])) for r in chosen
+            )
+            panel.plot(*zip(*points, strict=True), marker=MARKERS[number], label=layer, alpha=0.8)
+            for row in chosen:
+                place = float(row["moved / flax"]), float(row["temporary / flax"])
+                name = row["kept"] + (f" {row['together']}" if row["together"] != "0" else "")
+                panel.annotate(name, place, (4, 4 - 11 * number), textcoords="offset points",
+                               fontsize=6, color=f"C{number}")  # fmt: skip
+        panel.axhline(0.65, color="black", linewidth=0.6, linestyle=":")
+        panel.axvline(1.25, color="black", linewidth=0.6, linestyle=":")
+        panel.set_title(title, fontsize=9)
+        panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("temporary memory\ndivided by flax.linen's", fontsize=9)
+    panels[0, 0].set_ylim(0)
+    panels[0, 0].legend(fontsize=8)
+    figure.supxlabel("bytes moved, divided by flax.linen's", fontsize=10)
+    return figure
+
+
 def logarithmic(panel: Any) -> None:
     """The axis of ratios, with a line at 1."""
     panel.axvline(1, color="black", linewidth=0.8)
@@ -115,14 +145,26 @@ def distinct(rows: Iterable[dict[str, str]], column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-FIGURES: dict[str, Callable[[Rows], Any]] = {"speed": speed, "speed-accuracy": speed_accuracy}
+def networks() -> dict[str, Rows]:
+    """Rows of memory.py by title."""
+    return {
+        f"{title}: {name}": rows
+        for platform, title in memory_tables.PLATFORMS.items()
+        for name, rows in memory_tables.networks(results.read(f"memory-{platform}")[0]).items()
+    }
+
+
+FIGURES: dict[str, Callable[[], Any]] = {
+    "speed": lambda: speed(results.read("speed")[0]),
+    "speed-accuracy": lambda: speed_accuracy(results.read("speed")[0]),
+    "memory": lambda: memory(networks()),
+}
 
 
 def main() -> None:
-    rows, _ = results.read("speed")
     FOLDER.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
-        figure = draw(rows)
+        figure = draw()
         # No date and no version within, so that the same results make the same file.
         figure.savefig(FOLDER / f"{name}.png", dpi=100, metadata={"Software": None})
         plt.close(figure)

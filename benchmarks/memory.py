@@ -23,16 +23,16 @@ ROUNDS = 7
 
 
 class Problem(NamedTuple):
-    blocks: str  # of residual_nets.STAGES
+    network: str  # of residual_nets.STAGES
     batch: int
     size: int  # of images
     dtype: str
 
 
 PROBLEMS = {
-    "cpu": [Problem("basic", 16, 32, "float32")],
-    "tpu": [Problem("basic", 512, 32, "bfloat16")],
-    "cuda": [Problem("basic", 512, 32, "bfloat16"), Problem("bottleneck", 64, 224, "bfloat16")],
+    "cpu": [Problem("ResNet-18", 16, 32, "float32")],
+    "tpu": [Problem("ResNet-10", 256, 32, "bfloat16")],
+    "cuda": [Problem("ResNet-18", 512, 32, "bfloat16"), Problem("ResNet-50", 64, 224, "bfloat16")],
 }
 # What is kept for the backward pass, by the layer, and of how many blocks together.
 WAYS: tuple[tuple[str, str, int], ...] = (
@@ -72,7 +72,7 @@ def step(problem: Problem, layer: str, kept: str, blocks: int) -> tuple[Any, Any
     kind = {"flax.linen": nn.BatchNorm, "bnjax": bnjax.linen.BatchNorm}[layer]
     recompute = None if kept == "all" else Recompute(policies()[kept], blocks)
     dtype = jnp.dtype(problem.dtype)
-    net = ResNet(kind, problem.blocks, dtype, recompute)
+    net = ResNet(kind, problem.network, dtype, recompute)
     x = jax.ShapeDtypeStruct((problem.batch, problem.size, problem.size, 3), dtype)
     variables = jax.eval_shape(net.init, jax.random.key(0), x)
 
@@ -128,16 +128,23 @@ def times(made: list[tuple[Any, Any]]) -> list[float]:
     return [statistics.median(column) for column in zip(*ratios[1:], strict=True)]
 
 
+def ways(problem: Problem) -> list[tuple[str, str, int]]:
+    """Those that differ in networks of so many blocks."""
+    from residual_nets import STAGES
+
+    most = max(1, *STAGES[problem.network])
+    return list(dict.fromkeys((layer, kept, min(blocks, most)) for layer, kept, blocks in WAYS))
+
+
 def rows(platform: str, problem: Problem, timed: bool, say: Callable[[str], None]) -> Any:
     made, found = [], []
-    for way in WAYS:
+    for way in ways(problem):
         program, shapes = compiled(platform, problem, *way)
         layer, kept, blocks = way
         counted = counts(program)
         first = counted if not found else found[0]
         ratios = {f"{k} / flax": f"{counted[k] / first[k]:.3f}" for k in ("temporary", "moved")}
-        network = "ResNet-50" if problem.blocks == "bottleneck" else "ResNet-18"
-        row = {"network": network, **problem._asdict(), "layer": layer, "kept": kept}
+        row = {**problem._asdict(), "layer": layer, "kept": kept}
         found.append({**row, "together": blocks, **counted, **ratios})
         made.append((program, shapes))
         say(" ".join(map(str, found[-1].values())))
@@ -163,8 +170,10 @@ def main() -> None:
 
     say = functools.partial(print, flush=True)
     timed = arguments.time and platform == "cpu"
-    found = [row for p in PROBLEMS[platform] for row in rows(platform, p, timed, say)]
-    results.write(f"memory-{platform}", found, also=f"compiled for {version}")
+    found = []
+    for problem in PROBLEMS[platform]:
+        found += rows(platform, problem, timed, say)
+        results.write(f"memory-{platform}", found, also=f"compiled for {version}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-STAGES = {"basic": (2, 2, 2, 2), "bottleneck": (3, 4, 6, 3)}
+STAGES = {
+    "ResNet-10": (1, 1, 1, 1),
+    "ResNet-18": (2, 2, 2, 2),
+    "ResNet-50": (3, 4, 6, 3),
+}
+BOTTLENECKS = ("ResNet-50",)
 
 
 class Recompute(NamedTuple):
@@ -24,7 +29,7 @@ class Block(nn.Module):
     layer: Any
     features: int
     strides: int
-    kind: str
+    bottleneck: bool
     dtype: Any
 
     @nn.compact
@@ -34,13 +39,13 @@ class Block(nn.Module):
             conv = nn.Conv(features, kernel, strides, use_bias=False, dtype=self.dtype)
             return self.layer(dtype=self.dtype)(conv(y))
 
-        if self.kind == "basic":
-            y = nn.relu(normalized(x, self.features, 3, self.strides))
-            y = normalized(y, self.features, 3)
-        else:
+        if self.bottleneck:
             y = nn.relu(normalized(x, self.features, 1))
             y = nn.relu(normalized(y, self.features, 3, self.strides))
             y = normalized(y, 4 * self.features, 1)
+        else:
+            y = nn.relu(normalized(x, self.features, 3, self.strides))
+            y = normalized(y, self.features, 3)
         if x.shape != y.shape:
             x = normalized(x, y.shape[-1], 1, self.strides)
         return nn.relu(x + y)
@@ -51,28 +56,28 @@ class Blocks(nn.Module):
 
     layer: Any
     blocks: tuple[tuple[int, int], ...]  # features and strides
-    kind: str
+    bottleneck: bool
     dtype: Any
     stem: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.stem:
-            size, strides = (3, 1) if self.kind == "basic" else (7, 2)
+            size, strides = (7, 2) if self.bottleneck else (3, 1)
             conv = nn.Conv(64, (size, size), strides, use_bias=False, dtype=self.dtype)
             x = nn.relu(self.layer(dtype=self.dtype)(conv(x)))
-            if self.kind == "bottleneck":
+            if self.bottleneck:
                 x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for features, strides in self.blocks:
-            x = Block(self.layer, features, strides, self.kind, self.dtype)(x)
+            x = Block(self.layer, features, strides, self.bottleneck, self.dtype)(x)
         return x
 
 
 class ResNet(nn.Module):
-    """ResNet-18 of basic blocks, for small images; ResNet-50 of bottlenecks."""
+    """Of basic blocks, for small images; ResNet-50 of bottlenecks."""
 
     layer: Any
-    kind: str
+    network: str  # in STAGES
     dtype: Any
     recompute: Recompute | None = None
 
@@ -80,10 +85,11 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         layer = functools.partial(self.layer, use_running_average=False)
         part = Blocks if self.recompute is None else nn.remat(Blocks, policy=self.recompute.policy)
-        x = part(layer, (), self.kind, self.dtype, stem=True)(x)
-        for stage, number in enumerate(STAGES[self.kind]):
+        bottleneck = self.network in BOTTLENECKS
+        x = part(layer, (), bottleneck, self.dtype, stem=True)(x)
+        for stage, number in enumerate(STAGES[self.network]):
             blocks = [(64 * 2**stage, 2 if stage and not i else 1) for i in range(number)]
             size = self.recompute.blocks if self.recompute else number
             for first in range(0, number, size):
-                x = part(layer, tuple(blocks[first : first + size]), self.kind, self.dtype)(x)
+                x = part(layer, tuple(blocks[first : first + size]), bottleneck, self.dtype)(x)
         return nn.Dense(1000, dtype=self.dtype)(x.mean((1, 2)))

@@ -15,6 +15,7 @@ from typing import Any
 
 import count_tables
 import example_tables
+import memory_tables
 import speed_tables
 from results import Rows, TableError, markdown, read
 
@@ -126,6 +127,7 @@ def _renamed(row: dict[str, str], old: str, new: str) -> dict[str, str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     **count_tables.TABLES,
+    **memory_tables.TABLES,
     **speed_tables.TABLES,
     "allreduces": allreduces,
     "claims": example_tables.verdicts,

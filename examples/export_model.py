@@ -25,9 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import absl.logging
 import cnn
-import data
+import command
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +34,6 @@ import options
 import run_folder
 import train_mlp
 import trained
-import tyro
 from jax import export
 from options import SettingsError
 from rich.console import Console
@@ -232,19 +230,7 @@ def run(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax reports each file that it reads
-    config = (tyro.conf.FlagCreatePairsOff,)
-    settings = tyro.cli(Settings, args=list(argv), description=__doc__, config=config)
-    try:
-        run(settings)
-    except (SettingsError, data.DataError, run_folder.RunFolderError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(run, Settings, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import absl.logging
+import command
 import data
 import paper_claims
 import paper_figures
@@ -33,7 +33,6 @@ import paper_tables
 import paper_training
 import run_folder
 import script
-import tyro
 from options import SettingsError, check_names
 from paper_experiments import EXPERIMENTS
 from paper_trainer import Trainer
@@ -207,18 +206,8 @@ def run(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax reports each file that it writes
-    config = (tyro.conf.FlagCreatePairsOff,)
-    settings = tyro.cli(Settings, args=list(argv), description=__doc__, config=config)
-    try:
-        return run(settings)
-    except (SettingsError, data.DataError, run_folder.RunFolderError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. What has a checkpoint continues with --resume.", file=sys.stderr)
-        return 130
+    stopped = "Stopped. What has a checkpoint continues with --resume."
+    return command.run(run, Settings, __doc__, argv, stopped)
 
 
 if __name__ == "__main__":

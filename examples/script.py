@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.logging
+import command
 import data
 import jax
 import options
 import processes
 import report
 import run_folder
-import tyro
 from options import Settings, SettingsError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -256,14 +255,10 @@ def run(script: Script, settings: Settings, argv: Sequence[str]) -> int:
 def main(script: Script, argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax reports each file that it writes
-    config = (tyro.conf.FlagCreatePairsOff,)
-    settings = tyro.cli(
-        script.settings, args=list(argv), description=script.description, config=config
-    )
+    settings = command.parse(script.settings, script.description, argv)
     try:
         return run(script, settings, argv)
-    except (SettingsError, data.DataError, run_folder.RunFolderError) as error:
+    except command.ERRORS as error:
         print(f"Error: {error}", file=sys.stderr)
         if not processes.shared(error):
             processes.leave_at_once(2)

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import data
 import numpy as np
 import options
 import run_folder
-import tyro
 from gap_training import evaluate
 from options import SettingsError
 from rich.console import Console
@@ -194,17 +194,7 @@ def run(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    settings = tyro.cli(Settings, args=list(argv), description=__doc__)
-    try:
-        run(settings)
-    except (SettingsError, run_folder.RunFolderError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(run, Settings, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""Memory against traffic: what benchmarks/memory.py counts, and what its results say."""
+
+import jax
+import matplotlib.pyplot as plt
+import pytest
+from benchmark_scripts import results
+
+import figures  # isort: skip  # found from benchmark_scripts on
+import memory  # isort: skip
+import memory_tables  # isort: skip
+
+TINY = memory.Problem("ResNet-10", 2, 8, "float32")
+
+
+def of(found, layer, kept, blocks):
+    (row,) = (r for r in found if (r["layer"], r["kept"], r["together"]) == (layer, kept, blocks))
+    return row
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return memory.rows("cpu", TINY, False, lambda line: None)
+
+
+def test_first_row_is_what_others_are_divided_by(counted):
+    first = counted[0]
+    assert (first["layer"], first["kept"]) == ("flax.linen", "all")
+    for row in counted:
+        for name in ("temporary", "moved"):
+            assert float(row[f"{name} / flax"]) == pytest.approx(row[name] / first[name], abs=1e-3)
+
+
+def test_every_way_is_counted_once(counted):
+    """Blocks of a stage that has but one are not put together."""
+    names = [(row["layer"], row["kept"], row["together"]) for row in counted]
+    assert len(set(names)) == len(names) == len(memory.ways(TINY)) < len(memory.WAYS)
+
+
+def test_branches_stand_apart(counted):
+    assert of(counted, "flax.linen", "all", 0)["apart"] == 0
+    assert of(counted, "bnjax", "all", 0)["apart"] > 0
+
+
+def test_networks_have_their_parameters():
+    """As many as in the papers, with a stem of 3 x 3 for small images, and 1000 classes."""
+    for name, expected in (("ResNet-18", 11_689_512 - 9_408 + 1_728), ("ResNet-50", 25_557_032)):
+        problem = memory.Problem(name, 1, 32, "float32")
+        _, (params, _, _) = memory.step(problem, "flax.linen", "all", 0)
+        found = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("platform", memory_tables.PLATFORMS)
+def test_tables_show_every_row(platform):
+    rows, _ = results.read(f"memory-{platform}")
+    table = memory_tables.memory(platform)()
+    assert table.count("\n| ") == len(rows) + 1
+    for row in rows:
+        assert f"| {row['layer']} | {memory_tables.KEPT[row['kept']]} |" in table
+
+
+def test_leaner_than_flax_on_the_h100():
+    """At most 0.65 of flax's memory at no more than 1.25 of what it moves, branches included."""
+    rows, _ = results.read("memory-cuda")
+    for name, group in memory_tables.networks(rows).items():
+        lean = [
+            row
+            for row in group
+            if row["layer"] == "bnjax"
+            and float(row["temporary / flax"]) <= 0.65
+            and float(memory_tables.with_branches(row, group[0])) <= 1.25
+        ]
+        assert lean, name
+
+
+def test_picture_shows_every_way(counted):
+    (panel,) = figures.memory({"tiny": [{k: str(v) for k, v in r.items()} for r in counted]}).axes
+    dots = {line.get_label(): len(line.get_xdata()) for line in panel.lines}
+    for layer in ("bnjax", "flax.linen"):
+        assert dots[layer] == sum(row["layer"] == layer for row in counted)
+    plt.close("all")
