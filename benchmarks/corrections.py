@@ -3,7 +3,8 @@
     python benchmarks/corrections.py
     python benchmarks/corrections.py --data mnist --data-dir DIR
 
-Trains the network of examples/train_mlp.py with its default settings and makes the
+Trains the network of examples/train_mlp.py with its default settings, but for batches
+of 128 (a batch of fewer than 64 entries never needs another pass), and makes the
 first pass over the input of each BatchNorm at each step once more: another pass runs
 where it leaves a channel ill-conditioned. Beside it, what would be if the sums were
 taken about 0 instead of the running mean. Writes results/corrections.csv, in which
@@ -30,8 +31,13 @@ from bnjax import _moments, _sums
 from bnjax._reduce import Reduction
 
 
+BATCH = 128
+
+
 def condition(x: jax.Array, near: jax.Array) -> jax.Array:
     """offset**2 / var of each channel, as the first pass finds them."""
+    if _sums.are_few(Reduction((0,)), x, None):
+        raise ValueError(f"Batches of {len(x)} are summed in another way.")
     first = _moments._pass(Reduction((0,)), x, None, near)
     return first.offset**2 / first.var
 
@@ -86,7 +92,9 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir", type=Path)
     arguments = parser.parse_args()
-    settings = Settings(data=arguments.data, data_dir=arguments.data_dir)
+    settings = Settings(
+        data=arguments.data, data_dir=arguments.data_dir, batch_size=BATCH
+    )
     rows: list[dict[str, Any]] = []
     if (results.RESULTS / "corrections.csv").exists():
         rows = [row for row in results.read("corrections")[0] if row["data"] != settings.data]

@@ -31,7 +31,7 @@ def moved(platform: str) -> Callable[[], str]:
 
 
 def stacks() -> str:
-    """Of one layer of a stack: sizes that are moved, and temporary memory."""
+    """Of one layer of a stack: sizes moved, temporary memory, and sizes by XLA's own analysis."""
     shown, comments = [], []
     for platform, title in PLATFORMS.items():
         rows, comment = read(f"counts-{platform}")
@@ -40,6 +40,7 @@ def stacks() -> str:
             cells = {"platform": title, "layers": group[0]["depth"], "x": _x(group[0])}
             cells |= {f"{row['layer']}, moved": _moved(row) for row in group}
             cells |= {f"{row['layer']}, temporary": row["temporary"] for row in group}
+            cells |= {f"{row['layer']}, by XLA": row["xla"] or "n/a" for row in group}
             shown.append(cells)
     return _written(shown, comments)
 

@@ -1,25 +1,36 @@
 """Temporary memory of residual networks against the bytes that their training steps move.
 
-    python benchmarks/memory.py [--platform cpu tpu cuda] [--time]
+    python benchmarks/memory.py [--time]
+    python benchmarks/memory.py --platform tpu     # needs libtpu, no TPU
+    python benchmarks/memory.py --platform cuda    # needs JAX's CUDA plugin, no GPU
 
 Compiles steps of ResNets with the layers of bnjax and of flax.linen, as they come and with
-`nn.remat` and several policies, for the CPU, a TPU v5e and an H100 (none is needed; what is not
-installed is skipped with a message). Writes results/memory-PLATFORM.csv. On the CPU `--time`
-also runs the steps in turns, and adds the medians of their ratios to flax's.
+`nn.remat` and several policies. Writes results/memory-PLATFORM.csv. On the CPU `--time` also runs
+the steps in turns, from weights as they are drawn and running statistics of a few batches, and
+adds the medians of their ratios to flax's.
 """
 
 import argparse
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import hlo
+import jax
+import jax.numpy as jnp
 import programs
+import results
+import timing
+from residual_nets import STAGES, Recompute, ResNet
+
+import bnjax
+import bnjax.linen
 
 PLATFORMS = ("cpu", "tpu", "cuda")
-ROUNDS = 7
+ROUNDS, SECONDS = 9, 1.0
+# Then a running mean of this momentum is near to the batch's.
+MOMENTUM, STEPS_BEFORE = 0.9, 30
 
 
 class Problem(NamedTuple):
@@ -47,54 +58,52 @@ WAYS: tuple[tuple[str, str, int], ...] = (
 )
 
 
-def policies() -> dict[str, Any]:
-    import jax
-
-    import bnjax
-
-    return {
-        "dots_saveable": jax.checkpoint_policies.dots_saveable,
-        "nothing": None,
-        "save_inputs": bnjax.save_inputs,
-        "save_moments": bnjax.save_moments,
-    }
+POLICIES = {
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "nothing": None,
+    "save_inputs": bnjax.save_inputs,
+    "save_moments": bnjax.save_moments,
+}
 
 
-def step(problem: Problem, layer: str, kept: str, blocks: int) -> tuple[Any, Any]:
-    """A loss with its gradients, and the shapes of its arguments."""
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    from residual_nets import Recompute, ResNet
+class Step(NamedTuple):
+    """A loss with its gradients, compiled, and how its arguments are made."""
 
-    import bnjax.linen
+    program: Any
+    init: Callable[..., Any]
 
+
+def network(problem: Problem, layer: str, kept: str, blocks: int) -> Any:
     kind = {"flax.linen": nn.BatchNorm, "bnjax": bnjax.linen.BatchNorm}[layer]
-    recompute = None if kept == "all" else Recompute(policies()[kept], blocks)
-    dtype = jnp.dtype(problem.dtype)
-    net = ResNet(kind, problem.network, dtype, recompute)
-    x = jax.ShapeDtypeStruct((problem.batch, problem.size, problem.size, 3), dtype)
-    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    kind = functools.partial(kind, momentum=MOMENTUM)
+    recompute = None if kept == "all" else Recompute(POLICIES[kept], blocks)
+    return ResNet(kind, problem.network, jnp.dtype(problem.dtype), recompute)
+
+
+def images(problem: Problem) -> Any:
+    shape = (problem.batch, problem.size, problem.size, 3)
+    return jax.random.normal(jax.random.key(1), shape, jnp.dtype(problem.dtype))
+
+
+def compiled(platform: str, problem: Problem, *way: Any) -> Step:
+    net = network(problem, *way)
 
     def loss(params: Any, carried: Any, x: jax.Array) -> Any:
         given = {"params": params, "batch_stats": carried}
         y, new = net.apply(given, x, mutable=["batch_stats"])
-        return jnp.mean(jnp.square(y.astype(jnp.float32))), new
+        return jnp.mean(jnp.square(y.astype(jnp.float32))), new["batch_stats"]
 
-    function = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return function, (variables["params"], variables["batch_stats"], x)
-
-
-def compiled(platform: str, problem: Problem, *way: Any) -> tuple[Any, Any]:
-    """The program, and the shapes of its arguments."""
-    import jax
+    def init() -> tuple[Any, Any, jax.Array]:
+        x = images(problem)
+        variables = net.init(jax.random.key(0), x)
+        return variables["params"], variables["batch_stats"], x
 
     sharding = jax.sharding.SingleDeviceSharding(programs.devices(platform)[0])
-    function, shapes = step(problem, *way)
     arguments = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), jax.eval_shape(init)
     )
-    return function.lower(*arguments).compile(), arguments
+    function = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return Step(function.lower(*arguments).compile(), init)
 
 
 def counts(program: Any) -> dict[str, int]:
@@ -109,29 +118,23 @@ def counts(program: Any) -> dict[str, int]:
     return {"temporary": temporary, "moved": always, "apart": apart}
 
 
-def times(made: list[tuple[Any, Any]]) -> list[float]:
+def times(steps: list[Step]) -> list[float]:
     """Of each program: the median ratio of its time to that of the first, in turns."""
-    import jax
-    import jax.numpy as jnp
+    calls = {str(i): _call(step) for i, step in enumerate(steps)}
+    taken = timing.in_turns(calls, rounds=ROUNDS, seconds=SECONDS)
+    return [timing.ratios(taken[name], taken["0"]).median for name in calls]
 
-    ratios: list[list[float]] = []
-    for _ in range(ROUNDS + 1):  # the first one warms up
-        row = []
-        for program, shapes in made:
-            arguments = jax.block_until_ready(
-                jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
-            )
-            began = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
-            row.append(time.perf_counter() - began)
-        ratios.append([value / row[0] for value in row])
-    return [statistics.median(column) for column in zip(*ratios[1:], strict=True)]
+
+def _call(step: Step) -> timing.Program:
+    """With the running statistics of batches as they come, not those of a new network."""
+    params, carried, x = jax.jit(step.init)()
+    for _ in range(STEPS_BEFORE):
+        (_, carried), _ = step.program(params, carried, x)
+    return timing.Calls(lambda: jax.block_until_ready(step.program(params, carried, x)))
 
 
 def ways(problem: Problem) -> list[tuple[str, str, int]]:
     """Those that differ in networks of so many blocks."""
-    from residual_nets import STAGES
-
     most = max(1, *STAGES[problem.network])
     return list(dict.fromkeys((layer, kept, min(blocks, most)) for layer, kept, blocks in WAYS))
 
@@ -139,14 +142,13 @@ def ways(problem: Problem) -> list[tuple[str, str, int]]:
 def rows(platform: str, problem: Problem, timed: bool, say: Callable[[str], None]) -> Any:
     made, found = [], []
     for way in ways(problem):
-        program, shapes = compiled(platform, problem, *way)
+        made.append(compiled(platform, problem, *way))
         layer, kept, blocks = way
-        counted = counts(program)
+        counted = counts(made[-1].program)
         first = counted if not found else found[0]
         ratios = {f"{k} / flax": f"{counted[k] / first[k]:.3f}" for k in ("temporary", "moved")}
         row = {**problem._asdict(), "layer": layer, "kept": kept}
         found.append({**row, "together": blocks, **counted, **ratios})
-        made.append((program, shapes))
         say(" ".join(map(str, found[-1].values())))
     if timed:
         for row, ratio in zip(found, times(made), strict=True):
@@ -166,14 +168,12 @@ def main() -> None:
         print(f"{platform}: skipped, nothing that compiles for it is installed: {install}")
         return
     programs.prepare(platform)
-    import results
-
     say = functools.partial(print, flush=True)
     timed = arguments.time and platform == "cpu"
     found = []
     for problem in PROBLEMS[platform]:
         found += rows(platform, problem, timed, say)
-        results.write(f"memory-{platform}", found, also=f"compiled for {version}")
+        results.write(f"memory-{platform}", found, also=f"compiled {version}")
 
 
 if __name__ == "__main__":

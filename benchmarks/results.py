@@ -29,6 +29,13 @@ def environment() -> str:
     return f"Python {platform.python_version()}, {layers.versions()}; {kind}"
 
 
+def last_level_cache() -> str:
+    """As Linux tells it."""
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [int(size[:-1]) for size in (f.read_text().strip() for f in files) if size[-1] == "K"]
+    return f"last-level cache {max(sizes) / 1024:g} MB" if sizes else ""
+
+
 def write(name: str, rows: list[dict[str, Any]], also: str = "") -> None:
     """results/NAME.csv, after a line of comment that says what it was measured with, and `also`."""
     RESULTS.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
 """Time of each layer divided by bnjax's, beside the error of its variance.
 
-    python benchmarks/speed.py            20 to 40 minutes; writes results/speed.csv
-    python benchmarks/speed.py --quick    minutes: two shapes; prints only
+    python benchmarks/speed.py                20 to 40 minutes; writes results/speed.csv
+    python benchmarks/speed.py --quick        minutes: two shapes; prints only
+    python benchmarks/speed.py --disturbed    again what results/speed.csv has with a wide spread
 
 timing.py says how. Forward is training without a backward pass; forward + backward has the
 gradients of x, scale and bias; evaluation is that with the running statistics. y has the
@@ -16,6 +17,8 @@ tensors are made before, and what it allocates is memory that the process keeps.
 The variance is the running variance that one batch leaves in a new layer when the old value
 has weight 0; its error is the largest relative one, against float64 on the same numbers.
 Where a mean is large beside the deviation, a wrong variance is not a result, however fast.
+
+What something else on the machine disturbed is measured again: see disturbed.py.
 """
 
 import argparse
@@ -23,9 +26,9 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import disturbed
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +39,7 @@ import timing
 from jax import lax
 from layers import Bnjax, Equinox, EquinoxBatch, Layer, Linen, available
 from other_layers import LAYERS, Torch
+from results import Rows
 from speed_tables import EVALUATION, FORWARD, TRAINING, WORK
 
 CHANNELS_LAST = ((60, 100), (1024, 1024), (8192, 1024), (32, 56, 56, 64), (32, 28, 28, 256),
@@ -46,6 +50,7 @@ QUICK = ((1024, 1024), (32, 28, 28, 256))
 # reads x twice and writes y, backward reads x and dy twice and writes dx.
 SIZES = {FORWARD: 3, TRAINING: 8, EVALUATION: 2}
 MEANS = (10, 1000)  # in deviations, for the error of the variance
+COARSEST = 0.1  # distance of two numbers, in deviations
 
 
 class Case(NamedTuple):
@@ -98,8 +103,13 @@ class Subject:
             return None
         return self.step(self.fresh.variables, x)[1]
 
-    def error(self, mean: float) -> float:
-        """Largest relative one of the variance, at a mean of so many deviations."""
+    def error(self, mean: float) -> float | None:
+        """Largest relative one of the variance, at a mean of so many deviations.
+
+        None where numbers of the dtype are too far apart there to have that deviation.
+        """
+        if mean * float(jnp.finfo(self.case.dtype).eps) > COARSEST:
+            return None
         x = self.case.batch(mean)
         var = self.fresh.running(self.after(x))[1].astype(np.float64)
         n = x.size // self.case.channels
@@ -170,7 +180,7 @@ def measured(
             if name in times:
                 row |= cells(case, work, timed[name], times[name], times)
             for mean, error in zip(MEANS, errors[name] or (), strict=False):
-                row[f"variance error at {mean}"] = f"{error:.1e}"
+                row[f"variance error at {mean}"] = "" if error is None else f"{error:.1e}"
             yield row
 
 
@@ -226,13 +236,6 @@ def cells(
     return row
 
 
-def last_level_cache() -> str:
-    """As Linux tells it."""
-    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    sizes = [int(size[:-1]) for size in (f.read_text().strip() for f in files) if size[-1] == "K"]
-    return f"last-level cache {max(sizes) / 1024:g} MB" if sizes else ""
-
-
 def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
     """With whether all peers take part, and in all work."""
     shapes = [(shape, -1) for shape in (QUICK if quick else CHANNELS_LAST)]
@@ -246,29 +249,50 @@ def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
             yield Case(shape, -1, jnp.float32, 10.0, near), False
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="two shapes, fewer rounds; prints only"
-    )
-    quick = parser.parse_args().quick
-    settings = Settings(7, 0.04) if quick else Settings(15, 0.1)
+def work_of(case: Case, everything: bool) -> Sequence[str]:
+    return WORK if everything else WORK[:2]
+
+
+def again(kinds: Sequence[type[Layer]], settings: Settings, group: disturbed.Group) -> Rows:
+    """The rows of a group, measured anew."""
+    for case, everything in cases(False):
+        for work in work_of(case, everything):
+            if next(iter(disturbed.grouped([labels(case, work, "")]))) == group:
+                chosen = kinds if everything else [Bnjax, Linen]
+                return list(measured(case, chosen, [work], settings))
+    raise ValueError(f"No case is {group}.")
+
+
+def prepare() -> list[type[Layer]]:
+    """All layers that are installed."""
     timing.keep_memory()
     kinds = list(available([k for k in LAYERS if k is not Equinox] + [EquinoxBatch]))
     if Torch in kinds:
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
-    rows = []
-    for case, everything in cases(quick):
-        chosen = (kinds, WORK) if everything else ([Bnjax, Linen], WORK[:2])
-        for row in measured(case, *chosen, settings):
+    return kinds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="two shapes, fewer rounds; prints only")
+    which.add_argument("--disturbed", action="store_true", help="only what has a wide spread")
+    arguments = parser.parse_args()
+    settings = Settings(7, 0.04) if arguments.quick else Settings(15, 0.1)
+    kinds = prepare()
+    rows = results.read("speed")[0] if arguments.disturbed else []
+    for case, everything in [] if arguments.disturbed else cases(arguments.quick):
+        chosen = kinds if everything else [Bnjax, Linen]
+        for row in measured(case, chosen, work_of(case, everything), settings):
             print(*row.values(), sep="  ", flush=True)
             rows.append(row)
-    if quick:
+    if arguments.quick:
         speed_tables.show(rows)
-    else:
-        results.write("speed", rows, last_level_cache())
+        return
+    rows = disturbed.steadier(rows, functools.partial(again, kinds, settings))
+    results.write("speed", rows, results.last_level_cache())
 
 
 if __name__ == "__main__":

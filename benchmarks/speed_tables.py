@@ -9,11 +9,26 @@ US, FLAX = "bnjax", "flax.linen"
 FORWARD, TRAINING, EVALUATION = WORK = ("forward", "forward + backward", "evaluation")
 ERRORS = ("variance error at 10", "variance error at 1000")
 DEFAULT_MEAN = "0.5"
+DISTORTED = "*"
 
 
 def speed() -> str:
     rows, comment = read("speed")
     return f"{markdown(means(rows))}\n\nMeasured with {comment}."
+
+
+def sentence() -> str:
+    """Of Flax's layer: the geometric means."""
+    rows, _ = read("speed")
+    found = {row["dtype"]: row for row in means(rows) if row["layer"] == FLAX}
+    parts = [
+        f"{row[TRAINING]} in {dtype} ({row[FORWARD]} forward alone)" for dtype, row in found.items()
+    ]
+    shapes = len({shape_of(row) for row in ordinary(rows)})
+    return (
+        f"On a CPU the time of {FLAX} divided by {US}'s is {' and '.join(parts)}, "
+        f"forward and backward, in the geometric mean over {shapes} shapes."
+    )
 
 
 def by_shape(work: str) -> Callable[[], str]:
@@ -43,8 +58,13 @@ def show(rows: Rows) -> None:
         if table:
             print(f"\n{title}\n\n{markdown(table)}")
     for row in rows:
-        if any(row[column] not in ("", "0") for column in ("copies", "hoisted")):
+        if is_distorted(row):
             print(f"\nThe loop distorts this: {row}")
+
+
+def is_distorted(row: dict[str, str]) -> bool:
+    """Whether XLA made copies for the loop, or took work out of it."""
+    return any(row[column] not in ("", "0") for column in ("copies", "hoisted"))
 
 
 def layers_of(rows: Rows) -> list[str]:
@@ -72,7 +92,7 @@ def means(rows: Rows) -> Rows:
             line["least of forward + backward"] = _number(min(ratios[TRAINING], default=None))
             for column in ERRORS:
                 found = [float(row[column]) for row in own if row[column]]
-                line[column] = f"{max(found):.0e}" if found else own[0]["note"]
+                line[column] = f"{max(found):.0e}" if found else own[0]["note"] or "n/a"
             table.append(line)
     return table
 
@@ -125,8 +145,9 @@ def shape_of(row: dict[str, str]) -> str:
 def _cell(row: dict[str, str], work: str) -> str:
     if row["note"]:
         return row["note"]
-    errors = [] if work == EVALUATION else [f"{float(row[column]):.0e}" for column in ERRORS]
-    return ", ".join([_number(row["ratio"]), *errors])
+    errors = [f"{float(row[column]):.0e}" for column in ERRORS if row[column]]
+    mark = DISTORTED if is_distorted(row) else ""
+    return ", ".join([_number(row["ratio"]) + mark, *([] if work == EVALUATION else errors)])
 
 
 def _quartiles(row: dict[str, str]) -> str:
@@ -156,6 +177,7 @@ def dispatch() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "speed-sentence": sentence,
     "dispatch": dispatch,
     "speed": speed,
     "speed-evaluation": by_shape(EVALUATION),

@@ -1,7 +1,8 @@
 """Moments of a batch, of a mask, across devices.
 
 One pass over the data takes the sums of x - shift and (x - shift)**2, with a shift
-per channel that is near the mean: the running mean in training, 0 for `moments`.
+per channel that is near the mean: the running mean in training, 0 for `moments`, or
+what `_sums` knows to be as good.
 The mean of x - shift is the offset, and mean = shift + offset is the mean to about
 twice the precision. Where the offset is large beside the deviation the variance
 cancels; then, and only then, another pass is made, with the mean just found. Where the

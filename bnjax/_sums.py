@@ -1,7 +1,7 @@
 """The sums that a pass over the data takes, and the shifts they are about.
 
-The same sums on all platforms; how they are written depends on the size of the array, and on
-CPUs on what running statistics say, since there it decides on their time.
+Of x - shift and of its square, everywhere. Which shift, and how the sums are written, depends on
+the size of the array, and on CPUs on what running statistics say: there it decides on their time.
 """
 
 import functools
@@ -76,17 +76,22 @@ def _shifted_sums(
 def _about_zero_or_shifted(
     r: Reduction, x: jax.Array, mask: jax.Array | None, near: jax.Array, spread: jax.Array
 ) -> Sums:
-    """About 0 where no channel is ill-conditioned there."""
+    """About 0 where no channel is ill-conditioned there.
+
+    Under `vmap` over running statistics both kinds of sums are taken, and one is chosen.
+    """
     bound = lax.full_like(spread, WELL_CONDITIONED) * spread
     at_zero = lax.reduce_and(lax.le(near * near, bound), axes=tuple(range(near.ndim)))
     near = _reduce.where(lax.bitwise_not(at_zero), near, 0)
     shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
 
-    def plain(x: jax.Array, mask: jax.Array | None, *_: jax.Array) -> list[jax.Array]:
+    def plain(x: jax.Array, mask: jax.Array | None, *shifts: jax.Array) -> list[jax.Array]:
         once = _reduce.apart(x)
         uses = once, _reduce.apart(once)
         first, second = (_reduce.kept(_reduce.promoted(v), mask) for v in uses)
-        return [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+        sums = [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+        # Shifts may vary over mesh axes where x does not, and then so do the other sums.
+        return [_reduce.vary(total, _reduce.varying(shifts)) for total in sums]
 
     shifted = functools.partial(_shifted_sums, r)
     return shift, other, lax.cond(at_zero, plain, shifted, x, mask, shift, other)

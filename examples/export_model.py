@@ -47,7 +47,9 @@ Function = Callable[[jax.Array], jax.Array]
 SUFFIX = ".jaxexport"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 SIZES = 1, 64  # batches of the comparison
-ROUNDINGS = 64  # of a logit, by which compiled programs may differ
+# Of the largest logit, by which compiled programs may differ: in roundings of the dtype, and in
+# all, as few roundings of bfloat16 are much.
+ROUNDINGS, LARGEST = 64, 0.05
 
 LOAD = """\
 import jax
@@ -178,7 +180,7 @@ def compare(content: bytes, network: Trained, original: Function) -> Table:
     )
     for column in ("batch size", "largest difference / largest logit", "same classes"):
         table.add_column(column, justify="right")
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(trained.first_cpu()):
         for size, batch in batches.items():
             wanted = np.asarray(jax.jit(lambda images: original(images))(batch))
             if not np.isfinite(wanted).all():
@@ -187,7 +189,7 @@ def compare(content: bytes, network: Trained, original: Function) -> Table:
                     "training diverged. Train again with a lower --learning-rate."
                 )
             ratio = float(np.abs(found[size] - wanted).max() / np.abs(wanted).max())
-            if not ratio <= ROUNDINGS * jnp.finfo(network.dtype).eps:
+            if not ratio <= min(ROUNDINGS * float(jnp.finfo(network.dtype).eps), LARGEST):
                 raise RuntimeError(f"the exported file differs: {ratio:.1e}, batch of {size}")
             same = int((found[size].argmax(-1) == wanted.argmax(-1)).sum())
             table.add_row(size, f"{ratio:.1e}", f"{same} of {size}")

@@ -107,5 +107,15 @@ def restore(path: Path, network: str, data_dir: Path | None) -> Trained:
 def on_cpu(state: Any) -> Any:
     """With its network's variables there, wherever the training left them."""
     names = ["variables"] if isinstance(state, cnn.State) else ["params", "batch_stats"]
-    cpu = jax.local_devices(backend="cpu")[0]
+    cpu = first_cpu()
     return state.replace(**{name: jax.device_put(getattr(state, name), cpu) for name in names})
+
+
+def first_cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise SettingsError(
+            f"JAX_PLATFORMS: must have cpu among them, where the network is put ({error}). "
+            "Set it to cuda,cpu or the like."
+        ) from None

@@ -215,3 +215,12 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (out / "full").mkdir(parents=True)
     with pytest.raises(options.SettingsError, match=f"--out {out}: cannot be written"):
         export_model.write(out, b"")
+
+
+def test_jax_without_the_cpu_is_named(monkeypatch):
+    def missing(**options):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", missing)
+    with pytest.raises(options.SettingsError, match="JAX_PLATFORMS: must have cpu"):
+        trained.first_cpu()
