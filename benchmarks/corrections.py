@@ -30,7 +30,6 @@ from training import batch_indices
 from bnjax import _moments, _sums
 from bnjax._reduce import Reduction
 
-
 BATCH = 128
 
 
@@ -92,9 +91,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir", type=Path)
     arguments = parser.parse_args()
-    settings = Settings(
-        data=arguments.data, data_dir=arguments.data_dir, batch_size=BATCH
-    )
+    settings = Settings(data=arguments.data, data_dir=arguments.data_dir, batch_size=BATCH)
     rows: list[dict[str, Any]] = []
     if (results.RESULTS / "corrections.csv").exists():
         rows = [row for row in results.read("corrections")[0] if row["data"] != settings.data]

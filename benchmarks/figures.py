@@ -5,6 +5,7 @@
 Writes figures/speed.png, figures/speed-accuracy.png and figures/memory.png.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -112,31 +113,50 @@ def largest_mean(rows: Iterable[dict[str, str]]) -> str:
 
 def memory(panels_of: dict[str, Rows]) -> Any:
     """A panel for each network: what is moved, and the memory, of flax.linen's."""
-    figure, panels = plt.subplots(
-        1, len(panels_of), figsize=(9.5, 3.8), sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for panel, (title, rows) in zip(panels[0], panels_of.items(), strict=True):
+    lines = -(-len(panels_of) // 2)
+    figure, grid = plt.subplots(
+        lines, 2, figsize=(9.5, 3.6 * lines), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel in grid.flat[len(panels_of) :]:
+        panel.remove()
+    panels = list(grid.flat[: len(panels_of)])
+    for panel, (title, rows) in zip(panels, panels_of.items(), strict=True):
         for number, layer in enumerate(distinct(rows, "layer")):
-            chosen = [row for row in rows if row["layer"] == layer]
-            points = sorted(
-                (float(r["moved / flax"]), float(r["temporary / flax"])) for r in chosen
-            )
+            named = named_points([row for row in rows if row["layer"] == layer])
+            points = [place for place, names in named.items() for _ in names]
             panel.plot(*zip(*points, strict=True), marker=MARKERS[number], label=layer, alpha=0.8)
-            for row in chosen:
-                place = float(row["moved / flax"]), float(row["temporary / flax"])
-                name = row["kept"] + (f" {row['together']}" if row["together"] != "0" else "")
-                panel.annotate(name, place, (4, 4 - 11 * number), textcoords="offset points",
-                               fontsize=6, color=f"C{number}")  # fmt: skip
+            for place, names in named.items():
+                panel.annotate(
+                    "\n".join(names),
+                    place,
+                    (-8, -2) if number else (8, 0),
+                    textcoords="offset points",
+                    ha="right" if number else "left",
+                    va="top" if number else "bottom",
+                    fontsize=7,
+                    color=f"C{number}",
+                )
         panel.axhline(0.65, color="black", linewidth=0.6, linestyle=":")
         panel.axvline(1.25, color="black", linewidth=0.6, linestyle=":")
+        panel.set_xlim(0.4, 1.5)
         panel.set_title(title, fontsize=9)
         panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("temporary memory\ndivided by flax.linen's", fontsize=9)
-    panels[0, 0].set_ylim(0)
-    panels[0, 0].legend(fontsize=8)
+    panels[0].set_ylim(0, 1.45)
+    panels[0].legend(fontsize=8, loc="lower left")
+    figure.supylabel("temporary memory, divided by flax.linen's", fontsize=10)
     figure.supxlabel("bytes moved, divided by flax.linen's", fontsize=10)
     return figure
+
+
+def named_points(rows: Rows) -> dict[tuple[float, float], list[str]]:
+    """Names of the ways at each point, from the least to the most that is moved."""
+    found: dict[tuple[float, float], list[str]] = {}
+    for row in sorted(rows, key=lambda row: float(row["moved / flax"])):
+        together = f", {row['together']}" if row["together"] != "0" else ""
+        place = float(row["moved / flax"]), float(row["temporary / flax"])
+        near = next((p for p in found if math.dist(p, place) < 0.02), place)
+        found.setdefault(near, []).append(row["kept"] + together)
+    return found
 
 
 def logarithmic(panel: Any) -> None:

@@ -110,7 +110,7 @@ def batch_moments(
     # The same function twice: traced once.
     a_pass = functools.partial(_reduce.compiled(_pass, r.axis_name is not None), r)
     if _sums.are_few(r, x, mask):
-        return a_pass(x, None, _sums.first_entry(r, x))
+        return a_pass(x, None, _sums.between_entries(r, x))
     if r.branches:
         near = _reduce.shared(r, x, near)
         if spread is not None:

@@ -48,9 +48,9 @@ def test_bytes_are_those_of_the_channels(way, masked, rows, channels, devices):
 
 
 def test_few_entries_sharded_under_jit(devices):
-    """Their sums are about the first entry, which the other devices have to be told."""
+    """Their sums are about the first two entries, which the other devices have to be told."""
     row = collectives.row("jit, auto", False, 32, 6, devices)
-    assert (row["forward"], row["forward_bytes"]) == (2, 4 * (1 + 2) * 6)
+    assert (row["forward"], row["forward_bytes"]) == (2, 4 * (2 + 2) * 6)
     assert (row["backward"], row["backward_bytes"]) == (1, 4 * 2 * 6)
 
 
