@@ -138,7 +138,7 @@ def memory(panels_of: dict[str, Rows]) -> Any:
                 )
         panel.axhline(0.65, color="black", linewidth=0.6, linestyle=":")
         panel.axvline(1.25, color="black", linewidth=0.6, linestyle=":")
-        panel.set_xlim(0.4, 1.5)
+        panel.set_xlim(0.2, 1.5)
         panel.set_title(title, fontsize=9)
         panel.grid(alpha=0.3)
     panels[0].set_ylim(0, 1.45)
