@@ -249,14 +249,14 @@ def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
             yield Case(shape, -1, jnp.float32, 10.0, near), False
 
 
-def work_of(case: Case, everything: bool) -> Sequence[str]:
+def works(everything: bool) -> Sequence[str]:
     return WORK if everything else WORK[:2]
 
 
 def again(kinds: Sequence[type[Layer]], settings: Settings, group: disturbed.Group) -> Rows:
     """The rows of a group, measured anew."""
     for case, everything in cases(False):
-        for work in work_of(case, everything):
+        for work in works(everything):
             if next(iter(disturbed.grouped([labels(case, work, "")]))) == group:
                 chosen = kinds if everything else [Bnjax, Linen]
                 return list(measured(case, chosen, [work], settings))
@@ -285,12 +285,13 @@ def main() -> None:
     rows = results.read("speed")[0] if arguments.disturbed else []
     for case, everything in [] if arguments.disturbed else cases(arguments.quick):
         chosen = kinds if everything else [Bnjax, Linen]
-        for row in measured(case, chosen, work_of(case, everything), settings):
+        for row in measured(case, chosen, works(everything), settings):
             print(*row.values(), sep="  ", flush=True)
             rows.append(row)
     if arguments.quick:
         speed_tables.show(rows)
         return
+    results.write("speed", rows, results.last_level_cache())  # what follows may be stopped
     rows = disturbed.steadier(rows, functools.partial(again, kinds, settings))
     results.write("speed", rows, results.last_level_cache())
 
