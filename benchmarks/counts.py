@@ -10,7 +10,9 @@ each layer:
 read, written       by kernels, of main memory (hlo.kernels), whatever the values are
 branches            both, in one round of what runs only where it is needed
 temporary           memory beside arguments and results, at most at one time
-xla                 bytes accessed, as XLA's cost analysis has them where there is one
+xla                 bytes accessed, as XLA's cost analysis has them where there is one: it counts
+                    a loop's body once, and of a condition's branches too
+xla_always          the same of the program without what runs only where it is needed
 
 Kernels are those that run in any case. The residuals, arrays of the size of x that the backward
 pass keeps and their bytes per entry, do not depend on the platform. All-reduces are counted where
@@ -103,7 +105,19 @@ def row(case: Case, kind: type[Layer], devices: Sequence[Any], platform: str) ->
     kept: dict[str, Any] = {"residuals": "", "residual_bytes": ""}
     if platform == "cpu" and case.program == "forward + backward" and case.devices == 1:
         kept = residuals(case, layer)
-    return where | counted(case, layer, devices) | kept
+    found = counted(case, layer, devices)
+    return where | found | {"xla_always": always(case, layer, devices, found)} | kept
+
+
+def always(case: Case, layer: Layer, devices: Sequence[Any], found: dict[str, Any]) -> str:
+    """What XLA's analysis counts where nothing branches."""
+    if not found["xla"] or not isinstance(layer, Bnjax):
+        return str(found["xla"])
+    with programs.without_branches():
+        again = counted(case, layer, devices)
+    if float(again["branches"]):
+        raise RuntimeError(f"{case}, {layer.name}: branches that cannot be left out.")
+    return str(again["xla"])
 
 
 def rows(platform: str) -> Iterator[dict[str, Any]]:

@@ -5,12 +5,14 @@ shapes and dtypes. Outputs, gradients and the new statistics are results. y is c
 of x, for the layers that return another: a stack of layers does so too.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layers import Equinox, Layer
+
+from bnjax import _moments
 
 H100 = Path(__file__).parent / "h100_target.txtpb"  # the card's figures, as XLA reads them
 KERNEL = (3, 3)
@@ -89,6 +93,15 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "evaluation": evaluation,
     "stack": stack,
 }
+
+
+@contextlib.contextmanager
+def without_branches() -> Iterator[None]:
+    """Programs of bnjax that end with its first pass: without what runs only where it is needed."""
+    with mock.patch.object(_moments, "refined", lambda _, first: first):
+        jax.clear_caches()  # which hold what was traced before
+        yield
+    jax.clear_caches()
 
 
 def compiled(case: Case, layer: Layer, devices: Sequence[Any]) -> Any:

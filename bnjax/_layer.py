@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax import _checks, _normalize, _placement, _reduce
@@ -91,7 +92,9 @@ def update(
     axes = static.plan.reduction.axes
     state, weight = _placement.as_features((given, weight), inputs.x, axes)
     mean, var = batch.mean, batch.var
-    learns = (batch.count >= 2) & lax.is_finite(mean) & lax.is_finite(var)
+    # In lax: the operators of jnp take several times as long to trace.
+    learns = lax.bitwise_and(lax.is_finite(mean), lax.is_finite(var))
+    learns = lax.bitwise_and(learns, lax.ge(batch.count, np.asarray(2, batch.count.dtype)))
     if inputs.train is not None:
         learns = learns & inputs.train
     if when is not None:
@@ -101,15 +104,23 @@ def update(
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
         wide = _reduce.promoted(old)
-        w = jnp.asarray(weight, wide.dtype) if static.weight is None else static.weight
-        updated = w * wide + (1 - w) * new.astype(wide.dtype)
+        w, rest = _weights(static.weight if weight is None else weight, wide.dtype)
+        updated = lax.add(lax.mul(w, wide), lax.mul(rest, new.astype(wide.dtype)))
         return _reduce.where(learns, updated.astype(old.dtype), old)
 
     # A count at the end of its range stays there rather than turn negative.
     room = lax.lt(state.count, lax.full_like(state.count, jnp.iinfo(state.count.dtype).max))
-    count = state.count + lax.bitwise_and(learns, room).astype(state.count.dtype)
+    count = lax.add(state.count, lax.bitwise_and(learns, room).astype(state.count.dtype))
     new = BNState(average(state.mean, mean), average(state.var, var), count)
     return _placement.as_given(new, given)
+
+
+def _weights(w: float | jax.Array, dtype: Any) -> tuple[Any, Any]:
+    """w and 1 - w."""
+    if isinstance(w, float):
+        return np.asarray(w, dtype), np.asarray(1 - w, dtype)
+    w = w.astype(dtype)
+    return w, 1 - w
 
 
 def _check_state(state: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> BNState:

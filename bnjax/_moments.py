@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax import _checks, _placement, _reduce, _sums
@@ -34,7 +35,7 @@ class BatchMoments(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
 
     def plain(self) -> Moments:
-        return Moments(self.shift + self.offset, self.var, self.count)
+        return Moments(lax.add(self.shift, self.offset), self.var, self.count)
 
 
 def moments(
@@ -106,11 +107,11 @@ def batch_moments(
     `near` guesses the mean, as the running mean does, and `spread` the variance. They save
     time, and have no influence on the result beyond rounding, hence no derivative.
     """
+    if _sums.are_few(r, x, mask):
+        return _pass(r, x, None, _sums.between_entries(r, x))
     near = _reduce.finite_or_zero(near)
     # The same function twice: traced once.
     a_pass = functools.partial(_reduce.compiled(_pass, r.axis_name is not None), r)
-    if _sums.are_few(r, x, mask):
-        return a_pass(x, None, _sums.between_entries(r, x))
     if r.branches:
         near = _reduce.shared(r, x, near)
         if spread is not None:
@@ -119,7 +120,7 @@ def batch_moments(
         return refined(functools.partial(a_pass, x, mask), first)
     sample = _sample(r, x) if mask is None else x
     m = a_pass(sample, mask, lax.full_like(near, 0))
-    return a_pass(x, mask, _reduce.finite_or_zero(m.shift + m.offset))
+    return a_pass(x, mask, _reduce.finite_or_zero(lax.add(m.shift, m.offset)))
 
 
 def refined(
@@ -134,18 +135,18 @@ def refined(
         i, m = carry
         # Written so that NaN and overflow count as ill-conditioned; in lax, since to
         # trace the operators of jnp takes several times as long.
-        enough = lax.full_like(m.var, _sums.WELL_CONDITIONED) * m.var
-        ill = lax.bitwise_not(lax.le(m.offset * m.offset, enough))
+        enough = lax.mul(m.var, np.asarray(_sums.WELL_CONDITIONED, m.var.dtype))
+        ill = lax.bitwise_not(lax.le(lax.mul(m.offset, m.offset), enough))
         any_ill = lax.reduce_or(ill, axes=tuple(range(ill.ndim)))
-        return lax.bitwise_and(lax.lt(i, jnp.int32(_MORE_PASSES)), any_ill)
+        return lax.bitwise_and(lax.lt(i, np.int32(_MORE_PASSES)), any_ill)
 
     def again(carry: tuple[jax.Array, BatchMoments]) -> tuple[jax.Array, BatchMoments]:
         i, m = carry
-        mean = m.shift + m.offset
+        mean = lax.add(m.shift, m.offset)
         # From a shift a thousand times the mean little but rounding is left of it.
-        limit = lax.full_like(mean, 1024) * lax.abs(mean)
+        limit = lax.mul(lax.abs(mean), np.asarray(1024, mean.dtype))
         sound = lax.bitwise_and(lax.is_finite(mean), lax.le(lax.abs(m.shift), limit))
-        return i + 1, a_pass(_reduce.where(sound, mean, 0), m.count)
+        return lax.add(i, np.int32(1)), a_pass(_reduce.where(sound, mean, 0), m.count)
 
     steps = _placement.as_features(jnp.int32(0), first.shift, ())
     return lax.while_loop(more, again, (steps, first))[1]
@@ -185,11 +186,11 @@ def _pass(
     """
     shift, other, sums = _sums.about(r, x, mask, near, spread)
     count, (total, square) = _reduce.synchronise(r, x.shape, mask, sums, known)
-    share = 1 / _reduce.at_least_one(count, total.dtype)
-    offset = total * share
-    away = offset + (shift - other)
-    var = square * share - away * away
-    var = lax.max(var, lax.full_like(var, 0))
+    share = _reduce.share(count, total.dtype)
+    offset = lax.mul(total, share)
+    away = offset if other is shift else lax.add(offset, lax.sub(shift, other))
+    var = lax.sub(lax.mul(square, share), lax.mul(away, away))
+    var = lax.max(var, np.asarray(0, var.dtype))
     count = _placement.as_features(jnp.asarray(count, total.dtype), total, ())
     return BatchMoments(shift, offset, var, count)
 
@@ -211,16 +212,18 @@ def centred_tangent(
 ) -> tuple[BatchMoments, jax.Array]:
     """dmean = mean(dx), dvar = 2 * mean((x - mean) * centred), and mean(centred)."""
     dx, centred = _reduce.kept(dx, mask), _reduce.kept(centred, mask)
-    share = 1 / _reduce.at_least_one(m.count, dx.dtype)
+    share = _reduce.share(m.count, dx.dtype)
     shift, offset = _sums.another(x, m.shift, m.offset, bits_less=2)
     deviation = _reduce.deviation(r, x, mask, shift)
     sums = [
         _reduce.sum_over(dx, r),
         _reduce.sum_over(centred, r),
-        _reduce.sum_over(deviation * centred, r),
+        _reduce.sum_over(lax.mul(deviation, centred), r),
     ]
-    dmean, residue, product = (total * share for total in _reduce.psum(r, sums))
-    dvar = 2 * (product - offset * residue)
+    total, residue, product = _reduce.psum(r, sums)
+    twice = lax.mul(share, np.asarray(2, share.dtype))
+    dvar = lax.mul(lax.sub(product, lax.mul(offset, residue)), twice)
+    dmean, residue = lax.mul(total, share), lax.mul(residue, share)
     # The mean's two parts have one tangent; the count has none.
     tangent = BatchMoments(dmean, lax.full_like(dmean, 0), dvar, lax.full_like(m.count, 0))
     return tangent, residue
@@ -247,6 +250,6 @@ def recentre(r: Reduction, dx: jax.Array, mask: jax.Array | None) -> jax.Array:
         sums = [_reduce.sum_over(_reduce.kept(dx, mask), r)]
         n, (total,) = _reduce.synchronise(r, dx.shape, mask, sums)
         c, _ = _sums.split(total / _reduce.at_least_one(n, total.dtype), total, bits_less=1)
-        return dx - _reduce.spread(c, r.axes)
+        return lax.sub(dx, _reduce.spread(c, r.axes))
 
     return lax.custom_linear_solve(lambda v: v, dx, solve=solve, transpose_solve=lambda _, ct: ct)

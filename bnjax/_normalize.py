@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax import _lean, _moments, _placement, _reduce, _sums
@@ -100,12 +101,14 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None
         moments = _moments.batch_moments(
             plan.reduction, inputs.x, inputs.mask, inputs.mean, inputs.var
         )
-    moments, c = _lean.named_moments((moments, _coefficients(plan, inputs, moments)))
+        moments = _lean.named_moments(moments)
+    c = _coefficients(plan, inputs, moments)
     scale, bias = _corrected(c, inputs.scale, inputs.bias)
-    a = c.inverse if scale is None else c.inverse * scale
-    b = -c.offset * a if bias is None else bias - c.offset * a
+    a = c.inverse if scale is None else lax.mul(c.inverse, scale)
+    b = lax.mul(c.offset, a)
+    b = lax.neg(b) if bias is None else lax.sub(bias, b)
     shift, a, b = _spread(plan, inputs.x, c.shift, a, b)
-    y = (finite(inputs.x, inputs.x, inputs.mask) - shift) * a + b
+    y = lax.add(lax.mul(lax.sub(finite(inputs.x, inputs.x, inputs.mask), shift), a), b)
     return y.astype(plan.dtype), moments, c
 
 
@@ -118,14 +121,14 @@ def is_from_batch(inputs: Inputs, count: jax.Array) -> jax.Array | None:
 
 def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> Coefficients:
     if moments is None:
-        var = inputs.var + inputs.epsilon
+        var = lax.add(inputs.var, inputs.epsilon)
         return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), var, lax.rsqrt(var), None)
     from_batch = is_from_batch(inputs, moments.count)
     if from_batch is not None:
         from_batch = _placement.broadcast(from_batch, moments.var)
     shift = choose(from_batch, moments.shift, inputs.mean)
-    offset = choose(from_batch, moments.offset, lax.full_like(inputs.mean, 0))
-    var = choose(from_batch, moments.var, inputs.var) + inputs.epsilon
+    offset = choose(from_batch, moments.offset, 0)
+    var = lax.add(choose(from_batch, moments.var, inputs.var), inputs.epsilon)
     correction = _correction(inputs, moments, from_batch)
     return Coefficients(shift, offset, var, lax.rsqrt(var), from_batch, correction)
 
@@ -173,22 +176,24 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
         r, plain = plan.reduction, dx
         dx = _moments.recentre(r, plain, mask)
         dmoments, residue = _moments.centred_tangent(r, x, mask, moments, plain, dx)
-        dmean = choose(c.from_batch, residue, dmean - (dmoments.shift - residue))
+        dmean = choose(c.from_batch, residue, lax.sub(dmean, lax.sub(dmoments.shift, residue)))
         dvar = choose(c.from_batch, dmoments.var, dvar)
-    a = c.inverse if scale is None else c.inverse * scale
+    a = c.inverse if scale is None else lax.mul(c.inverse, scale)
     # Divided, not multiplied with inverse**2: XLA's CPU backend computes quotients of vectors
     # once, and products anew for each entry of x.
-    da = -0.5 * a * ((dvar + d.epsilon) / c.var)
+    half = lax.mul(a, np.asarray(-0.5, a.dtype))
+    da = lax.mul(half, lax.div(lax.add(dvar, d.epsilon), c.var))
     if dscale is not None:
-        da = da + dscale * c.inverse
+        da = lax.add(da, lax.mul(dscale, c.inverse))
     shift, offset = _sums.another(x, c.shift, c.offset, bits_less=3)
-    db = -dmean * a - offset * da
+    db = lax.neg(lax.add(lax.mul(dmean, a), lax.mul(offset, da)))
     if dbias is not None:
-        db = db + dbias
+        db = lax.add(db, dbias)
     # Apart, since only what is linear in the tangents can be transposed.
     (shift, a), (da, db) = _spread(plan, x, shift, a), _spread(plan, x, da, db)
-    of_scale = (finite(_reduce.apart(x, shift), x, mask) - shift) * da
-    dy = dx * a + _widened_apart(plan, of_scale, 1) + _widened_apart(plan, db, 2, like=of_scale)
+    of_scale = lax.mul(lax.sub(finite(_reduce.apart(x, shift), x, mask), shift), da)
+    dy = lax.add(lax.mul(dx, a), _widened_apart(plan, of_scale, 1))
+    dy = lax.add(dy, _widened_apart(plan, db, 2, like=of_scale))
     return dy.astype(plan.dtype), dmoments
 
 
@@ -215,7 +220,7 @@ def _widened_apart(
         return _reduce.apart(ct).astype(wide)
 
     if like is not None:
-        dy = dy + lax.full_like(like, 0)
+        dy = lax.add(dy, lax.full_like(like, 0))
     return lax.custom_linear_solve(
         lambda v: v, dy, solve=lambda _, v: v, transpose_solve=transposed
     )
@@ -227,7 +232,7 @@ def finite(value: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return value if mask is None else jnp.where(mask | jnp.isfinite(x), value, 0)
 
 
-def choose(condition: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+def choose(condition: jax.Array | None, new: jax.Array, old: jax.Array | float) -> jax.Array:
     return new if condition is None else _reduce.where(condition, new, old)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax import _checks, _placement
@@ -133,7 +134,7 @@ def promoted(x: jax.Array) -> jax.Array:
 
 def deviation(r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array) -> jax.Array:
     """x - shift, promoted, 0 where masked."""
-    return kept(promoted(apart(x, shift)) - spread(shift, r.axes), mask)
+    return kept(lax.sub(promoted(apart(x, shift)), spread(shift, r.axes)), mask)
 
 
 def apart(x: jax.Array, *others: jax.Array, on: tuple[str, ...] = ("cpu",)) -> jax.Array:
@@ -175,6 +176,13 @@ def at_least_one(count: Any, dtype: Any) -> Any:
     if isinstance(count, int):
         return jnp.asarray(max(count, 1), dtype)
     return lax.max(count, lax.full_like(count, 1))
+
+
+def share(count: Any, dtype: Any) -> Any:
+    """1 / count, the weight of an entry in a mean; of a static count it is a constant."""
+    if isinstance(count, int):
+        return np.asarray(1 / max(count, 1), dtype)
+    return 1 / at_least_one(count, dtype)
 
 
 def where(condition: jax.Array, new: jax.Array, old: jax.Array | float) -> jax.Array:

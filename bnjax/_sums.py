@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bnjax import _placement, _reduce
@@ -62,15 +63,18 @@ def _shifted(
 
     Where they differ, the sums share no x - shift, which XLA's CPU backend would write out.
     """
-    shift, other = (split(near, near, bits)[0] if bits else near for bits in bits_less)
+    made = {bits: split(near, near, bits)[0] if bits else near for bits in bits_less}
+    shift, other = (made[bits] for bits in bits_less)
     return shift, other, _shifted_sums(r, x, mask, shift, other)
 
 
 def _shifted_sums(
     r: Reduction, x: jax.Array, mask: jax.Array | None, shift: jax.Array, other: jax.Array
 ) -> list[jax.Array]:
-    first, second = (_reduce.deviation(r, x, mask, s) for s in (shift, other))
-    return [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+    first = second = _reduce.deviation(r, x, mask, shift)
+    if other is not shift:
+        second = _reduce.deviation(r, x, mask, other)
+    return [_reduce.sum_over(first, r), _reduce.sum_over(lax.mul(second, second), r)]
 
 
 def _about_zero_or_shifted(
@@ -80,8 +84,8 @@ def _about_zero_or_shifted(
 
     Under `vmap` over running statistics both kinds of sums are taken, and one is chosen.
     """
-    bound = lax.full_like(spread, WELL_CONDITIONED) * spread
-    at_zero = lax.reduce_and(lax.le(near * near, bound), axes=tuple(range(near.ndim)))
+    bound = lax.mul(spread, np.asarray(WELL_CONDITIONED, spread.dtype))
+    at_zero = lax.reduce_and(lax.le(lax.mul(near, near), bound), axes=tuple(range(near.ndim)))
     near = _reduce.where(lax.bitwise_not(at_zero), near, 0)
     shift, other = (split(near, near, bits_less=bits)[0] for bits in (1, 2))
 
@@ -89,7 +93,7 @@ def _about_zero_or_shifted(
         once = _reduce.apart(x)
         uses = once, _reduce.apart(once)
         first, second = (_reduce.kept(_reduce.promoted(v), mask) for v in uses)
-        sums = [_reduce.sum_over(first, r), _reduce.sum_over(second * second, r)]
+        sums = [_reduce.sum_over(first, r), _reduce.sum_over(lax.mul(second, second), r)]
         # Shifts may vary over mesh axes where x does not, and then so do the other sums.
         return [_reduce.vary(total, _reduce.varying(shifts)) for total in sums]
 
@@ -120,9 +124,9 @@ def between_entries(r: Reduction, x: jax.Array) -> jax.Array:
             start = min(place, x.shape[axis] - 1) if axis == widest else 0
             entry = lax.slice_in_dim(entry, start, start + 1, axis=axis)
         entry = _reduce.promoted(lax.squeeze(entry, r.axes))
-        return entry * lax.full_like(entry, 0.5)
+        return lax.mul(entry, np.asarray(0.5, entry.dtype))
 
-    return half(0) + half(1)
+    return lax.add(half(0), half(1))
 
 
 def _is_large(x: jax.Array) -> bool:
@@ -151,4 +155,4 @@ def split(mean: jax.Array, rest: jax.Array, bits_less: int) -> tuple[jax.Array, 
     """
     info = jnp.finfo(mean.dtype)
     shift = lax.reduce_precision(mean, info.nexp, info.nmant - bits_less)
-    return shift, rest + (mean - shift)
+    return shift, lax.add(rest, lax.sub(mean, shift))
