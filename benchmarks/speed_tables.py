@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from results import Rows, markdown, read
+from results import Rows, TableError, markdown, read
 
 US, FLAX = "bnjax", "flax.linen"
 FORWARD, TRAINING, EVALUATION = WORK = ("forward", "forward + backward", "evaluation")
@@ -18,17 +18,41 @@ def speed() -> str:
 
 
 def sentence() -> str:
-    """Of Flax's layer: the geometric means."""
+    """Of Flax's layer: the geometric means, and the extremes at large means."""
     rows, _ = read("speed")
     found = {row["dtype"]: row for row in means(rows) if row["layer"] == FLAX}
     parts = [
         f"{row[TRAINING]} in {dtype} ({row[FORWARD]} forward alone)" for dtype, row in found.items()
     ]
     shapes = len({shape_of(row) for row in ordinary(rows)})
+    far, *others = {row["mean"] for row in rows} - {DEFAULT_MEAN}
+    if others:
+        raise TableError(f"speed.csv: means of {far}, {others}; the sentence is of one.")
+    both, alone = (_extremes(rows, far, work) for work in (TRAINING, FORWARD))
     return (
         f"On a CPU the time of {FLAX} divided by {US}'s is {' and '.join(parts)}, "
-        f"forward and backward, in the geometric mean over {shapes} shapes."
+        f"forward and backward, in the geometric mean over {shapes} shapes with means of "
+        f"{DEFAULT_MEAN} deviations; with means of {far} it is {both} in float32 ({alone})."
     )
+
+
+def _extremes(rows: Rows, mean: str, work: str) -> str:
+    """Least and largest ratio of Flax's layer at a mean that the running one is near to."""
+    found = [
+        float(row["ratio"])
+        for row in rows
+        if (row["layer"], row["work"], row["mean"], row["running mean"]) == (FLAX, work, mean, mean)
+    ]
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def without_the_smallest() -> str:
+    """Geometric means, forward and backward, of the shapes but the smallest."""
+    rows, _ = read("speed")
+    smallest = min((row for row in rows), key=lambda row: float(row["MB"]))["shape"]
+    rest = means([row for row in rows if row["shape"] != smallest])
+    found = [f"{r['layer']} {r[TRAINING]} ({r['dtype']})" for r in rest if r["layer"] != US]
+    return f"Without {smallest}, forward and backward: {'; '.join(found)}."
 
 
 def by_shape(work: str) -> Callable[[], str]:
@@ -178,6 +202,7 @@ def dispatch() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed-sentence": sentence,
+    "speed-without-smallest": without_the_smallest,
     "dispatch": dispatch,
     "speed": speed,
     "speed-evaluation": by_shape(EVALUATION),

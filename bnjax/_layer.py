@@ -104,7 +104,7 @@ def update(
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
         wide = _reduce.promoted(old)
-        w, rest = _weights(static.weight if weight is None else weight, wide.dtype)
+        w, rest = _weights(static.weight, weight, wide.dtype)
         updated = lax.add(lax.mul(w, wide), lax.mul(rest, new.astype(wide.dtype)))
         return _reduce.where(learns, updated.astype(old.dtype), old)
 
@@ -115,11 +115,11 @@ def update(
     return _placement.as_given(new, given)
 
 
-def _weights(w: float | jax.Array, dtype: Any) -> tuple[Any, Any]:
-    """w and 1 - w."""
-    if isinstance(w, float):
-        return np.asarray(w, dtype), np.asarray(1 - w, dtype)
-    w = w.astype(dtype)
+def _weights(number: float | None, weight: jax.Array | None, dtype: Any) -> tuple[Any, Any]:
+    """w and 1 - w, of a number, if there is one."""
+    if number is not None:
+        return np.asarray(number, dtype), np.asarray(1 - number, dtype)
+    w = jnp.asarray(weight, dtype)
     return w, 1 - w
 
 

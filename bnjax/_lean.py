@@ -1,7 +1,7 @@
 """What of a layer is worth keeping for the backward pass: policies for `jax.checkpoint`.
 
-A layer names its input, and the vectors per channel that its output and its derivatives are
-computed with. Names change nothing by themselves; a policy chooses by them.
+A layer names its input and its moments, with which output and derivatives are computed. Names
+change nothing by themselves; a policy chooses by them.
 """
 
 from typing import Any, TypeVar
@@ -41,7 +41,8 @@ def save_inputs(primitive: Any, *operands: Any, **options: Any) -> bool:
 
     Note:
       This is for GPUs. XLA for TPU recomputes y inside the next convolution by itself, and
-      XLA for the CPU finds both computations of y to be one: there it saves nothing. Leave
+      with this policy takes more memory than without: use `save_moments` there. XLA for the
+      CPU finds both computations of y to be one: there it saves nothing. Leave
       `prevent_cse` as it is: without it a GPU keeps y too. Names for policies of your own:
       "bnjax_input" and "bnjax_moments".
 

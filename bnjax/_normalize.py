@@ -64,7 +64,7 @@ class Coefficients(NamedTuple):
     """What normalizes a channel, by mean = shift + offset, and where it came from."""
 
     shift: jax.Array
-    offset: jax.Array
+    offset: jax.Array | None  # None: 0
     var: jax.Array  # with epsilon
     inverse: jax.Array  # 1 / sqrt(var)
     from_batch: jax.Array | None  # None: known while tracing
@@ -105,10 +105,15 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[jax.Array, BatchMoments | None
     c = _coefficients(plan, inputs, moments)
     scale, bias = _corrected(c, inputs.scale, inputs.bias)
     a = c.inverse if scale is None else lax.mul(c.inverse, scale)
-    b = lax.mul(c.offset, a)
-    b = lax.neg(b) if bias is None else lax.sub(bias, b)
-    shift, a, b = _spread(plan, inputs.x, c.shift, a, b)
-    y = lax.add(lax.mul(lax.sub(finite(inputs.x, inputs.x, inputs.mask), shift), a), b)
+    b = bias
+    if c.offset is not None:
+        b = lax.mul(c.offset, a)
+        b = lax.neg(b) if bias is None else lax.sub(bias, b)
+    vectors = [c.shift, a] if b is None else [c.shift, a, b]
+    shift, a, *added = _spread(plan, inputs.x, *vectors)
+    y = lax.mul(lax.sub(finite(inputs.x, inputs.x, inputs.mask), shift), a)
+    if added:
+        y = lax.add(y, added[0])
     return y.astype(plan.dtype), moments, c
 
 
@@ -122,7 +127,7 @@ def is_from_batch(inputs: Inputs, count: jax.Array) -> jax.Array | None:
 def _coefficients(plan: Plan, inputs: Inputs, moments: BatchMoments | None) -> Coefficients:
     if moments is None:
         var = lax.add(inputs.var, inputs.epsilon)
-        return Coefficients(inputs.mean, lax.full_like(inputs.mean, 0), var, lax.rsqrt(var), None)
+        return Coefficients(inputs.mean, None, var, lax.rsqrt(var), None)
     from_batch = is_from_batch(inputs, moments.count)
     if from_batch is not None:
         from_batch = _placement.broadcast(from_batch, moments.var)
@@ -185,7 +190,8 @@ def _tangent(plan: Plan, residuals: tuple[Any, ...], d: Inputs) -> tuple[Any, An
     da = lax.mul(half, lax.div(lax.add(dvar, d.epsilon), c.var))
     if dscale is not None:
         da = lax.add(da, lax.mul(dscale, c.inverse))
-    shift, offset = _sums.another(x, c.shift, c.offset, bits_less=3)
+    offset = lax.full_like(c.shift, 0) if c.offset is None else c.offset
+    shift, offset = _sums.another(x, c.shift, offset, bits_less=3)
     db = lax.neg(lax.add(lax.mul(dmean, a), lax.mul(offset, da)))
     if dbias is not None:
         db = lax.add(db, dbias)
