@@ -12,8 +12,8 @@ from benchmark_scripts import FOLDER, counts, hlo, programs, results
 from layers import Bnjax, Linen
 
 IMAGES, SMALL = (8, 14, 14, 64), (60, 100)
-# Sizes of x moved, of 3, 8 and 2 that streaming kernels need; kernels; temporary sizes of x. No more
-# than now, in either version of JAX. [C] vectors come on top, which are not small beside 60 x 100.
+# Sizes of x moved, of 3, 8 and 2 that streaming kernels need; kernels; temporary sizes of x. No
+# more than now, in either version of JAX. [C] vectors come on top, not small beside 60 x 100.
 MOST = {
     (IMAGES, "forward", "float32"): (4, 20, 0),
     (IMAGES, "forward", "bfloat16"): (4, 20, 0),
