@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -45,6 +45,12 @@ Conditions = list[tuple[jax.Array, jax.Array]]
 Step = Callable[[Any, jax.Array, jax.Array], tuple[Any, Conditions]]
 
 
+class Training(NamedTuple):
+    state: Any  # before the first step
+    step: Step
+    steps: int
+
+
 def condition(x: jax.Array, near: jax.Array) -> jax.Array:
     """offset**2 / var of each channel, as the first pass finds them."""
     r = Reduction(tuple(range(x.ndim - 1)))
@@ -70,7 +76,7 @@ def conditions(apply: Callable[[], Any]) -> Conditions:
     return found
 
 
-def mlp(dataset: data.Dataset, settings: Settings) -> tuple[Any, Step]:
+def mlp(dataset: data.Dataset, settings: Settings) -> Training:
     def step(state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Conditions]:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         found = conditions(
@@ -78,23 +84,29 @@ def mlp(dataset: data.Dataset, settings: Settings) -> tuple[Any, Step]:
         )
         return train_step(state, images, labels)[0], found
 
-    return create_states(settings, dataset, {"bn": True})["bn"], step
+    return Training(create_states(settings, dataset, {"bn": True})["bn"], step, settings.steps)
 
 
-def resnet(dataset: data.Dataset, settings: Settings) -> tuple[Any, Step]:
+def resnet(dataset: data.Dataset, settings: Settings) -> Training:
+    shape = dataset.shape
+    if shape is None:
+        raise data.DataError(
+            f"--data {settings.data}: its features have no image shape, which convolutions need. "
+            "Use digits, mnist or cifar10."
+        )
     net = nets.of_linen(nets.SmallResNet, bnjax.linen.BatchNorm)
     train = nets.step(net, RESNET_RATE)
 
     def images_of(flat: jax.Array) -> jax.Array:
-        assert dataset.shape is not None
-        return flat.reshape(len(flat), *dataset.shape)
+        return flat.reshape(len(flat), *shape)
 
     def step(variables: Any, flat: jax.Array, labels: jax.Array) -> tuple[Any, Conditions]:
         images = images_of(flat)
         found = conditions(lambda: net.apply(*variables, images))
         return train(*variables, images, labels)[:2], found
 
-    return net.init(images_of(jnp.asarray(dataset.train_images[:1]))), step
+    variables = net.init(images_of(jnp.asarray(dataset.train_images[:1])))
+    return Training(variables, step, RESNET_STEPS)
 
 
 NETWORKS = {"MLP": mlp, "ResNet-8": resnet}
@@ -102,9 +114,8 @@ NETWORKS = {"MLP": mlp, "ResNet-8": resnet}
 
 def observe(name: str, dataset: data.Dataset, settings: Settings) -> Iterator[np.ndarray]:
     """For each layer both conditions of all channels at all steps, [2, steps, C]."""
-    state, step = NETWORKS[name](dataset, settings)
+    state, step, steps = NETWORKS[name](dataset, settings)
     images, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-    steps = settings.steps if name == "MLP" else RESNET_STEPS
     batches = batch_indices(
         jax.random.key(settings.seed),
         len(labels),
@@ -117,8 +128,8 @@ def observe(name: str, dataset: data.Dataset, settings: Settings) -> Iterator[np
     one = jax.jit(lambda state, batch: step(state, images[batch], labels[batch]))
     found = []
     for batch in batches:
-        state, conditions = one(state, batch)
-        found.append(conditions)
+        state, of_layers = one(state, batch)
+        found.append(of_layers)
     for layer in zip(*found, strict=True):
         yield np.array([np.stack(about) for about in zip(*layer, strict=True)])
 

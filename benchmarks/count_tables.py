@@ -107,16 +107,19 @@ def _always(row: dict[str, str]) -> float:
 
 def _moved(row: dict[str, str]) -> str:
     """What moves in any case, and what one more round of a loop or a branch would."""
-    more = float(row["branches"])
-    return f"{_always(row):.1f}" + (f" (+{more:.1f})" if more >= 0.05 else "")
+    return _and_more(_always(row), float(row["branches"]))
 
 
 def _by_xla(row: dict[str, str]) -> str:
     """As `_moved`: XLA counts a round of a loop or a branch with the rest."""
     if not row["xla"]:
         return "n/a"
-    more = float(row["xla"]) - float(row["xla_always"])
-    return f"{float(row['xla_always']):.1f}" + (f" (+{more:.1f})" if more >= 0.05 else "")
+    always = float(row["xla_always"])
+    return _and_more(always, float(row["xla"]) - always)
+
+
+def _and_more(always: float, more: float) -> str:
+    return f"{always:.1f}" + (f" (+{more:.1f})" if more >= 0.05 else "")
 
 
 def _kept(row: dict[str, str]) -> str:

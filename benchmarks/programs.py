@@ -100,8 +100,10 @@ def without_branches() -> Iterator[None]:
     """Programs of bnjax that end with its first pass: without what runs only where it is needed."""
     with mock.patch.object(_moments, "refined", lambda _, first: first):
         jax.clear_caches()  # which hold what was traced before
-        yield
-    jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.clear_caches()
 
 
 def compiled(case: Case, layer: Layer, devices: Sequence[Any]) -> Any:

@@ -49,7 +49,7 @@ def _extremes(rows: Rows, mean: str, work: str) -> str:
 def without_the_smallest() -> str:
     """Geometric means, forward and backward, of the shapes but the smallest."""
     rows, _ = read("speed")
-    smallest = min((row for row in rows), key=lambda row: float(row["MB"]))["shape"]
+    smallest = min(rows, key=lambda row: float(row["MB"]))["shape"]
     rest = means([row for row in rows if row["shape"] != smallest])
     found = [f"{r['layer']} {r[TRAINING]} ({r['dtype']})" for r in rest if r["layer"] != US]
     return f"Without {smallest}, forward and backward: {'; '.join(found)}."
