@@ -221,6 +221,7 @@ def centred_tangent(
         _reduce.sum_over(lax.mul(deviation, centred), r),
     ]
     total, residue, product = _reduce.psum(r, sums)
+    residue = _sums.once_per_channel(x, residue, m.var)
     twice = lax.mul(share, np.asarray(2, share.dtype))
     dvar = lax.mul(lax.sub(product, lax.mul(offset, residue)), twice)
     dmean, residue = lax.mul(total, share), lax.mul(residue, share)
