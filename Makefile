@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-cnn train-multihost train-test-gap export paper notebooks test test-all test-torch lint format bench bench-full bench-programs counts clean FORCE
+.PHONY: help train train-cnn train-multihost train-test-gap export paper notebooks test test-all test-torch lint format bench bench-full bench-programs bench-newest counts clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,13 @@ bench-full: $(READY) ## All of it, about an hour; writes benchmarks/results, fig
 	  corrections small_batches devices collectives monitor; do \
 	  KERAS_BACKEND=jax $(RUN) benchmarks/$$s.py || exit 1; \
 	done
+	$(RUN) benchmarks/tables.py
+
+bench-newest: $(READY) ## Times beside Flax, and memory, with a newer jax: PYTHON=python3.13 VENV=.venv-newest
+	@$(INSTALL) -e '.[benchmarks]'
+	KERAS_BACKEND=jax $(RUN) benchmarks/speed.py --flax
+	$(RUN) benchmarks/memory.py --time
+	$(RUN) benchmarks/figures.py
 	$(RUN) benchmarks/tables.py
 
 bench-programs: $(READY) ## Count what programs compiled for a CPU, a TPU and a GPU move and keep: about an hour

@@ -21,8 +21,12 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+Point = tuple[float, float]
+
 FOLDER = results.HERE / "figures"
 MARKERS = "osD^vP*X"
+# Names of points that are nearer, in units of the axes, share a place.
+NEAR = 0.06
 # Smaller ones would be lost at the edge of a logarithmic axis; exact is among them.
 LEAST_ERROR = 1e-8
 
@@ -122,10 +126,10 @@ def memory(panels_of: dict[str, Rows]) -> Any:
     panels = list(grid.flat[: len(panels_of)])
     for panel, (title, rows) in zip(panels, panels_of.items(), strict=True):
         for number, layer in enumerate(distinct(rows, "layer")):
-            named = named_points([row for row in rows if row["layer"] == layer])
-            points = [place for place, names in named.items() for _ in names]
-            panel.plot(*zip(*points, strict=True), marker=MARKERS[number], label=layer, alpha=0.8)
-            for place, names in named.items():
+            points = named_points([row for row in rows if row["layer"] == layer])
+            places = [place for place, _ in points]
+            panel.plot(*zip(*places, strict=True), marker=MARKERS[number], label=layer, alpha=0.8)
+            for place, names in labels(points).items():
                 panel.annotate(
                     "\n".join(names),
                     place,
@@ -148,14 +152,22 @@ def memory(panels_of: dict[str, Rows]) -> Any:
     return figure
 
 
-def named_points(rows: Rows) -> dict[tuple[float, float], list[str]]:
-    """Names of the ways at each point, from the least to the most that is moved."""
-    found: dict[tuple[float, float], list[str]] = {}
+def named_points(rows: Rows) -> list[tuple[Point, str]]:
+    """Where each way is, and its name, from the least to the most that is moved."""
+    found = []
     for row in sorted(rows, key=lambda row: float(row["moved / flax"])):
         together = f", {row['together']}" if row["together"] != "0" else ""
         place = float(row["moved / flax"]), float(row["temporary / flax"])
-        near = next((p for p in found if math.dist(p, place) < 0.02), place)
-        found.setdefault(near, []).append(row["kept"] + together)
+        found.append((place, row["kept"] + together))
+    return found
+
+
+def labels(points: list[tuple[Point, str]]) -> dict[Point, list[str]]:
+    """Names, in one place where theirs are too near for two."""
+    found: dict[Point, list[str]] = {}
+    for place, name in points:
+        near = next((p for p in found if math.dist(p, place) < NEAR), place)
+        found.setdefault(near, []).append(name)
     return found
 
 

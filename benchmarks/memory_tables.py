@@ -5,6 +5,8 @@ from collections.abc import Callable
 from results import Rows, TableError, markdown, read
 
 PLATFORMS = {"cuda": "H100", "tpu": "TPU v5e", "cpu": "CPU"}
+# The platforms, and the CPU again where XLA merges what is recomputed.
+RESULTS = (*PLATFORMS, "cpu-merged")
 KEPT = {
     "all": "all",
     "nothing": "nothing",
@@ -23,16 +25,16 @@ def with_branches(row: dict[str, str], first: dict[str, str]) -> str:
     return f"{(int(row['moved']) + int(row['apart'])) / int(first['moved']):.2f}"
 
 
-def memory(platform: str) -> Callable[[], str]:
+def memory(name: str) -> Callable[[], str]:
     """A row for each way: all divided by that of flax.linen as it comes."""
 
     def table() -> str:
-        rows, comment = read(f"memory-{platform}")
+        rows, comment = read(f"memory-{name}")
         shown = []
         for group in networks(rows).values():
             first = group[0]
             if (first["layer"], first["kept"]) != ("flax.linen", "all"):
-                raise TableError(f"memory-{platform}.csv: must begin with flax.linen, all.")
+                raise TableError(f"memory-{name}.csv: must begin with flax.linen, all.")
             for row in group:
                 cells = {
                     "network": network(row) if row is first else "",
@@ -58,6 +60,4 @@ def networks(rows: Rows) -> dict[str, Rows]:
     return groups
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    f"memory-{platform}": memory(platform) for platform in PLATFORMS
-}
+TABLES: dict[str, Callable[[], str]] = {f"memory-{name}": memory(name) for name in RESULTS}

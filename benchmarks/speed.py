@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py                20 to 40 minutes; writes results/speed.csv
     python benchmarks/speed.py --quick        minutes: two shapes; prints only
-    python benchmarks/speed.py --disturbed    again what results/speed.csv has with a wide spread
+    python benchmarks/speed.py --flax         beside flax.linen only; writes results/speed-flax.csv
+    python benchmarks/speed.py --disturbed    again what the results have with a wide spread
 
 timing.py says how. Forward is training without a backward pass; forward + backward has the
 gradients of x, scale and bias; evaluation is that with the running statistics. y has the
@@ -49,6 +50,7 @@ QUICK = ((1024, 1024), (32, 28, 28, 256))
 # Reads and writes of arrays as large as x that streaming kernels cannot do without: forward
 # reads x twice and writes y, backward reads x and dy twice and writes dx.
 SIZES = {FORWARD: 3, TRAINING: 8, EVALUATION: 2}
+PAIR: list[type[Layer]] = [Bnjax, Linen]
 MEANS = (10, 1000)  # in deviations, for the error of the variance
 COARSEST = 0.1  # distance of two numbers, in deviations
 
@@ -258,14 +260,11 @@ def again(kinds: Sequence[type[Layer]], settings: Settings, group: disturbed.Gro
     for case, everything in cases(False):
         for work in works(everything):
             if next(iter(disturbed.grouped([labels(case, work, "")]))) == group:
-                chosen = kinds if everything else [Bnjax, Linen]
-                return list(measured(case, chosen, [work], settings))
+                return list(measured(case, kinds if everything else PAIR, [work], settings))
     raise ValueError(f"No case is {group}.")
 
 
-def prepare() -> list[type[Layer]]:
-    """All layers that are installed."""
-    timing.keep_memory()
+def available_layers() -> list[type[Layer]]:
     kinds = list(available([k for k in LAYERS if k is not Equinox] + [EquinoxBatch]))
     if Torch in kinds:
         import torch
@@ -279,21 +278,22 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="two shapes, fewer rounds; prints only")
     which.add_argument("--disturbed", action="store_true", help="only what has a wide spread")
+    parser.add_argument("--flax", action="store_true", help="beside flax.linen only")
     arguments = parser.parse_args()
     settings = Settings(7, 0.04) if arguments.quick else Settings(15, 0.1)
-    kinds = prepare()
-    rows = results.read("speed")[0] if arguments.disturbed else []
+    name, kinds = ("speed-flax", PAIR) if arguments.flax else ("speed", available_layers())
+    timing.keep_memory()
+    rows = results.read(name)[0] if arguments.disturbed else []
     for case, everything in [] if arguments.disturbed else cases(arguments.quick):
-        chosen = kinds if everything else [Bnjax, Linen]
-        for row in measured(case, chosen, works(everything), settings):
+        for row in measured(case, kinds if everything else PAIR, works(everything), settings):
             print(*row.values(), sep="  ", flush=True)
             rows.append(row)
     if arguments.quick:
         speed_tables.show(rows)
         return
-    results.write("speed", rows, results.last_level_cache())  # what follows may be stopped
+    results.write(name, rows, results.last_level_cache())  # what follows may be stopped
     rows = disturbed.steadier(rows, functools.partial(again, kinds, settings))
-    results.write("speed", rows, results.last_level_cache())
+    results.write(name, rows, results.last_level_cache())
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ DEFAULT_MEAN = "0.5"
 DISTORTED = "*"
 
 
-def speed() -> str:
-    rows, comment = read("speed")
-    return f"{markdown(means(rows))}\n\nMeasured with {comment}."
+def speed(name: str) -> Callable[[], str]:
+    def table() -> str:
+        rows, comment = read(name)
+        return f"{markdown(means(rows))}\n\nMeasured with {comment}."
+
+    return table
 
 
 def sentence() -> str:
@@ -204,7 +207,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-sentence": sentence,
     "speed-without-smallest": without_the_smallest,
     "dispatch": dispatch,
-    "speed": speed,
+    "speed": speed("speed"),
+    "speed-flax": speed("speed-flax"),
     "speed-evaluation": by_shape(EVALUATION),
     "speed-forward": by_shape(FORWARD),
     "speed-large-means": large_means,

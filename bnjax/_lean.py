@@ -40,10 +40,10 @@ def save_inputs(primitive: Any, *operands: Any, **options: Any) -> bool:
       TypeError: called without what JAX gives.
 
     Note:
-      This is for GPUs. XLA for TPU recomputes y inside the next convolution by itself, and
-      with this policy takes more memory than without: use `save_moments` there. XLA for the
-      CPU finds both computations of y to be one: there it saves nothing. Leave
-      `prevent_cse` as it is: without it a GPU keeps y too. Names for policies of your own:
+      This is for GPUs and CPUs. XLA for TPU recomputes y inside the next convolution by itself, and
+      with this policy takes more memory than without: use `save_moments` there. Before jax
+      0.11.1 XLA for the CPU found both computations of y to be one: there it saved nothing.
+      Leave `prevent_cse` as it is: without it y is kept too. Names for policies of your own:
       "bnjax_input" and "bnjax_moments".
 
     Example:
