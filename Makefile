@@ -79,6 +79,7 @@ bench-full: $(READY) ## All of it, about an hour; writes benchmarks/results, fig
 
 bench-newest: $(READY) ## Times beside Flax, and memory, with a newer jax: PYTHON=python3.13 VENV=.venv-newest
 	@$(INSTALL) -e '.[benchmarks]'
+	@$(RUN) -c 'import jax, sys; v = jax.__version__; jax.__version_info__ < (0, 11, 1) and sys.exit(f"Error: needs jax 0.11.1 or newer, here is {v}. Fix: PYTHON=python3.13 VENV=.venv-newest")'
 	KERAS_BACKEND=jax $(RUN) benchmarks/speed.py --flax
 	$(RUN) benchmarks/memory.py --time
 	$(RUN) benchmarks/figures.py

@@ -144,17 +144,15 @@ def another(
     return (shift, offset) if _is_small(x) else split(shift, offset, bits_less)
 
 
-def once_per_channel(x: jax.Array, v: jax.Array, any_vector: jax.Array) -> jax.Array:
+def once_per_channel(x: jax.Array, v: jax.Array, var: jax.Array) -> jax.Array:
     """`v`, whose cotangent XLA's CPU backend makes once, not for each entry of a small `x`.
 
-    It does so with quotients. Here the divisor is a power of two, which changes no bit, and no
-    constant, since quotients by constants become products. A narrow `x` gains nothing by it.
+    It does so with quotients, and makes those by constants products. So this divides by what is
+    always 1, and XLA does not know it. A narrow `x` gains nothing by it.
     """
     if not _is_small(x) or x.dtype != v.dtype:
         return v
-    positive = lax.gt(any_vector, lax.full_like(any_vector, 0))
-    divisor = _reduce.where(positive, lax.full_like(v, 1), 2)
-    return lax.mul(lax.div(v, divisor), divisor)
+    return lax.div(v, lax.max(lax.sign(var), lax.full_like(var, 1)))
 
 
 def split(mean: jax.Array, rest: jax.Array, bits_less: int) -> tuple[jax.Array, jax.Array]:

@@ -89,6 +89,7 @@ def test_leaner_here():
     flax, plain, lean = (memory.counts(memory.compiled("cpu", problem, *w).program) for w in ways)
     assert plain["temporary"] <= 0.75 * flax["temporary"]
     assert lean["temporary"] <= (0.75 if merged else 0.65) * flax["temporary"]
+    assert merged == (lean["temporary"] > 0.95 * plain["temporary"])
     for ours in (plain, lean):
         assert ours["moved"] + ours["apart"] <= flax["moved"]
 

@@ -300,6 +300,18 @@ def test_uses_of_one_mean_agree():
     assert tolerances.error(jax.jit(jax.grad(twice))(inputs.x), expected) < 1e-4
 
 
+@pytest.mark.parametrize("size", [1e-36, 1.0, 1e36])
+def test_gradients_of_one_entry_are_zero(size):
+    """Exactly, at the ends of the range too."""
+    params, state = bnjax.bn_init(3)
+
+    def loss(x):
+        return jnp.sum(bnjax.bn_apply(params, state, x, True)[0] * jnp.float32(size))
+
+    x = jnp.array([[1.0, -2.0, 1e3]])
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(x), jnp.zeros_like(x))
+
+
 # Before 0.12, JAX differentiates a custom_jvp inside of a scan by its rule only once; then the
 # loop over passes, which few entries do without, has no reverse mode. Forward over reverse works.
 LOST = pytest.mark.xfail(
